@@ -1,0 +1,28 @@
+"""What all tests share.
+
+Tolerances, one policy for every file:
+
+- exact (``torch.equal``, ``is``) where sameness is promised: fold, removal, reload, reset, parameter objects;
+- the defaults of ``torch.testing.assert_close`` for the dtype at hand everywhere else, against a float64 oracle or a
+  formula written beside the assert;
+- anything wider carries its reason in a comment at the assert.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+SEED = 17
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)

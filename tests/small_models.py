@@ -1,0 +1,65 @@
+"""Convolutions of every kind, and models of a few of them whose order of execution is spelled out."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ws_algorithm.parametrization import register_weight_standardizer
+
+
+class Net(nn.Module):
+    """Calls the layers of the given names one after the other, in `order`."""
+
+    def __init__(self, layers: dict[str, nn.Module], order: list[str], call: Callable | None = None) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.order = order
+        self.call = call or (lambda layer, x: layer(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.order:
+            x = self.call(self.get_submodule(name), x)
+        return x
+
+
+def conv(cls: type[nn.Module] = nn.Conv2d) -> nn.Module:
+    return cls(2, 2, 3, padding=1)
+
+
+def defined_in_reverse(call: Callable | None = None) -> Net:
+    return Net({"head": conv(), "body": conv(), "stem": conv()}, ["stem", "body", "head"], call)
+
+
+class OnesConv(nn.Conv2d):
+    """A user's layer with an initialization of its own, in all the ways that people write one."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.uniform_(self.weight, 1, 2)
+        with torch.no_grad():
+            self.weight.floor_()
+        self.weight.data.mul_(3)
+
+
+KINDS = {
+    "Conv1d": lambda: nn.Conv1d(4, 6, 3),
+    "Conv2d": lambda: nn.Conv2d(4, 6, 3),
+    "Conv3d": lambda: nn.Conv3d(4, 6, 3),
+    "no bias": lambda: nn.Conv2d(4, 6, 3, bias=False),
+    "grouped, padded": lambda: nn.Conv2d(4, 6, (3, 1), groups=2, stride=2, padding=2, padding_mode="circular"),
+    "subclass": lambda: OnesConv(4, 6, 3),
+}
+
+
+def standardized(build: Callable[[], nn.Module] = KINDS["Conv2d"]) -> nn.Module:
+    conv = build()
+    register_weight_standardizer(conv)
+    return conv
+
+
+def put_a_class_in_front(conv: nn.Module) -> None:
+    """What ``torch.distributed.fsdp.fully_shard`` does to a module."""
+    mixin = type("Mixin", (), {})
+    conv.__class__ = type(f"FSDP{type(conv).__name__}", (mixin, type(conv)), {})

@@ -1,0 +1,297 @@
+"""Which convolutions are chosen, in which order, and which are refused."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from small_models import Net, conv, defined_in_reverse
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torchvision.models import video
+
+from ws_algorithm.parametrization import register_weight_standardizer
+from ws_algorithm.selection import choose_convolutions
+
+
+class PlainSubclass(nn.Conv2d):
+    pass
+
+
+class SubclassWithForward(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1 and float(x.mean()) > 0:  # not traceable, and it need not be
+            x = x + 1
+        return super().forward(x)
+
+
+def names(model: nn.Module, n_last_layers_ignore: int) -> list[str]:
+    return [choice.name for choice in choose_convolutions(model, n_last_layers_ignore)]
+
+
+def left_out(model: nn.Module, n_last_layers_ignore: int) -> list[str]:
+    choices = choose_convolutions(model, n_last_layers_ignore)
+    return [c.name for c in choices if c.skipped_because == f"n_last_layers_ignore={n_last_layers_ignore}"]
+
+
+def nested_child_last() -> nn.Module:
+    block = nn.ModuleDict({"c1": conv(), "c2": conv()})
+    return Net({"a": block, "b": conv()}, ["a.c1", "b", "a.c2"])
+
+
+def stem_and_head_together() -> nn.Module:
+    return Net(
+        {"io": nn.ModuleDict({"stem": conv(), "head": conv()}), "body": nn.Sequential(conv(), nn.ReLU(), conv())},
+        ["io.stem", "body", "io.head"],
+    )
+
+
+def reused() -> nn.Module:
+    return Net({"shared": conv(), "middle": conv()}, ["shared", "middle", "shared"])
+
+
+def two_names() -> nn.Module:
+    layer = conv()
+    return Net({"first": layer, "again": layer, "stem": conv()}, ["stem", "again"])
+
+
+def never_executed() -> nn.Module:
+    return Net({"stem": conv(), "head": conv(), "unused": conv()}, ["stem", "head"])
+
+
+def subclasses() -> nn.Module:
+    layers = {"head": conv(SubclassWithForward), "body": conv(PlainSubclass), "stem": conv()}
+    return Net(layers, ["stem", "body", "head"])
+
+
+def weights_in_a_functional() -> nn.Module:
+    return defined_in_reverse(lambda layer, x: F.conv2d(x, layer.weight, layer.bias, padding=1))
+
+
+def forward_called_by_name() -> nn.Module:
+    return defined_in_reverse(lambda layer, x: layer.forward(x))
+
+
+EXECUTION_ORDERS = [
+    (nested_child_last, ["a.c1", "b", "a.c2"]),
+    (stem_and_head_together, ["io.stem", "body.0", "body.2", "io.head"]),
+    (reused, ["middle", "shared"]),  # by last use
+    (two_names, ["stem", "first"]),  # once, under its first name
+    (defined_in_reverse, ["stem", "body", "head"]),
+    (never_executed, ["unused", "stem", "head"]),  # counted, but not among the last
+    (subclasses, ["stem", "body", "head"]),
+    (weights_in_a_functional, ["stem", "body", "head"]),
+    (forward_called_by_name, ["stem", "body", "head"]),
+    (conv, [""]),
+    (lambda: conv(SubclassWithForward), [""]),
+]
+
+
+@pytest.mark.parametrize("build, expected", EXECUTION_ORDERS)
+def test_order_of_last_use(build, expected, caplog):
+    model = build()
+    if build is not EXECUTION_ORDERS[-1][0]:  # a root is traced inside, and this one cannot be
+        with caplog.at_level(logging.WARNING):
+            assert names(model, 1) == expected
+        assert not caplog.records
+    for n in range(1, len(expected) + 2):
+        assert left_out(model, n) == expected[-n:]
+
+
+@pytest.mark.parametrize("build, expected", EXECUTION_ORDERS)
+def test_without_a_count_all_are_chosen_in_the_order_of_definition(build, expected):
+    choices = choose_convolutions(build())
+
+    defined = [name for name, layer in build().named_modules() if isinstance(layer, nn.Conv2d)]
+    assert [choice.name for choice in choices] == defined
+    assert set(defined) == set(expected)
+    assert all(choice.skipped_because is None for choice in choices)
+
+
+def test_the_name_of_a_model_that_is_a_convolution():
+    assert [str(choice) for choice in choose_convolutions(conv())] == ["(the model itself)"]
+
+
+def test_rank_and_transposition():
+    model = nn.Sequential(nn.Conv1d(2, 2, 3), nn.Conv2d(2, 2, 3), nn.Conv3d(2, 2, 3), nn.ConvTranspose2d(2, 2, 3))
+
+    assert names(model, 0) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda layer, x: layer(x) if x.mean() > 0 else layer(-x),
+        lambda layer, x: layer(x * float(x.max())),
+        lambda layer, x: layer(x[: len(x)]),
+    ],
+    ids=["branch", "number", "len"],
+)
+def test_a_model_that_cannot_be_traced_is_counted_in_the_order_of_definition(call, caplog):
+    model = Net({"head": conv(), "stem": conv()}, ["stem", "head"], call)
+
+    with caplog.at_level(logging.WARNING, logger="ws_algorithm"):
+        assert left_out(model, 1) == ["stem"]
+
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    for part in ("Net", "cannot be traced", "n_last_layers_ignore", "2 convolutions", "defined"):
+        assert part in record.message
+
+
+@pytest.mark.parametrize("n, message", [(0, False), (1, True)])
+def test_the_set_does_not_depend_on_whether_the_model_can_be_traced(n, message, caplog):
+    model = Net({"a": conv(), "b": conv()}, ["a"], lambda layer, x: layer(x) if x.sum() else x)
+
+    with caplog.at_level(logging.WARNING, logger="ws_algorithm"):
+        assert names(model, n) == ["a", "b"]
+
+    assert bool(caplog.records) == message
+
+
+class Wrapper(nn.Module):
+    """A ``ComposerModel`` without Composer: the network is `module`, `forward` unpacks a batch."""
+
+    def __init__(self, unpack: Callable) -> None:
+        super().__init__()
+        self.module = defined_in_reverse()
+        self.unpack = unpack
+
+    def forward(self, batch):
+        return self.unpack(self.module, batch)
+
+
+def unpack_rest(module, batch):
+    x, *_ = batch
+    return module(x)
+
+
+def unpack_by_length(module, batch):
+    return module(batch[0] if len(batch) == 2 else batch)
+
+
+def unpack_with_assert(module, batch):
+    x, _ = batch
+    assert x.ndim == 4 and x.shape[1] == 2
+    return module(x)
+
+
+def unpack_by_size(module, batch):
+    x, _ = batch
+    return module(x) if x.shape[0] > 1 else module(x.repeat(2, 1, 1, 1))
+
+
+def unpack_keywords(module, batch):
+    return module(**batch)
+
+
+def unpack_and_measure(module, batch):
+    x, _ = batch
+    return float(module(x).mean())
+
+
+def unpack_only_tensors(module, batch):
+    return module(batch) if isinstance(batch, Tensor) else None
+
+
+@pytest.mark.parametrize(
+    "unpack",
+    [
+        lambda module, batch: module(batch[0]),
+        lambda module, batch: module(batch["image"]),
+        unpack_rest,
+        unpack_by_length,
+        unpack_with_assert,
+        unpack_by_size,
+        unpack_keywords,
+        unpack_and_measure,
+        unpack_only_tensors,
+    ],
+)
+def test_a_wrapper_is_looked_through(unpack, caplog):
+    with caplog.at_level(logging.WARNING, logger="ws_algorithm"):
+        assert left_out(Wrapper(unpack), 1) == ["module.head"]
+
+    assert not caplog.records
+
+
+def test_a_model_that_has_run_is_still_traced(caplog):
+    model = defined_in_reverse(keep_activation)
+    model(torch.randn(1, 2, 4, 4))
+
+    with caplog.at_level(logging.WARNING, logger="ws_algorithm"):
+        assert left_out(model, 1) == ["head"]
+
+    assert not caplog.records
+
+
+def keep_activation(layer: nn.Module, x: Tensor) -> Tensor:
+    layer.activation = layer(x)  # as hooks for visualization do; has a graph, which copy.deepcopy refuses
+    return layer.activation
+
+
+@pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_fan_in_of_one_is_left_alone(cls, n):
+    depthwise = cls(4, 4, 1, groups=4)
+
+    choices = {c.name: c.skipped_because for c in choose_convolutions(nn.Sequential(depthwise, cls(4, 4, 1)), n)}
+
+    assert choices["0"] == "fan-in 1: the standardized weight would be 0"
+    assert choices["1"] == (None if n == 0 else "n_last_layers_ignore=1")
+
+
+@pytest.mark.parametrize(
+    "name", ["StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame", "ConvWS2d", "ConvAWS2d"]
+)
+def test_layers_that_standardize_their_own_weight_are_left_alone(name):
+    own = type(name, (nn.Conv2d,), {})
+    derived = type("Derived", (own,), {})
+
+    choices = choose_convolutions(nn.Sequential(own(2, 2, 3), derived(2, 2, 3), nn.Conv2d(2, 2, 3)))
+
+    reason = f"already standardized by its class {name}"
+    assert [choice.skipped_because for choice in choices] == [reason, reason, None]
+
+
+def test_a_standardized_convolution_counts_among_the_last():
+    model = defined_in_reverse()
+    register_weight_standardizer(model.head)
+
+    choices = {choice.name: choice.skipped_because for choice in choose_convolutions(model, 2)}
+
+    assert choices == {"stem": None, "body": "n_last_layers_ignore=2", "head": "already standardized"}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_standardized_weights_in_a_functional(bias):
+    model = defined_in_reverse(lambda layer, x: F.conv2d(x, layer.weight, layer.bias, padding=1))
+    if not bias:
+        for layer in model.children():
+            layer.bias = None
+    register_weight_standardizer(model.head)
+
+    choices = {choice.name: choice.skipped_because for choice in choose_convolutions(model, 1)}
+
+    assert choices == {"stem": None, "body": None, "head": "already standardized"}
+
+
+def test_parametrizations_of_another_kind_are_no_obstacle():
+    model = nn.Sequential(parametrizations.weight_norm(conv()), parametrizations.spectral_norm(conv()))
+
+    assert [choice.skipped_because for choice in choose_convolutions(model)] == [None, None]
+
+
+@pytest.mark.parametrize("builder", [video.r3d_18, video.mc3_18, video.r2plus1d_18])
+def test_convolutions_of_torchvisions_video_models(builder):
+    """Most of them are instances of subclasses of ``Conv3d``: stem, 4 stages of 4, 3 shortcuts."""
+    with torch.device("meta"):
+        model = builder()
+
+    convolutions = {m for m in model.modules() if isinstance(m, nn.Conv3d)}
+    choices = choose_convolutions(model, 1)
+    assert {choice.module for choice in choices} == convolutions
+    assert len(choices) == (37 if builder is video.r2plus1d_18 else 20)  # (2+1)D: each but the shortcuts is two
+    (last,) = [choice.name for choice in choices if choice.skipped_because is not None]
+    assert last.startswith("layer4.1.conv2.")

@@ -1,0 +1,47 @@
+"""Weight Standardization (Qiao et al. 2019, https://arxiv.org/abs/1903.10520) for PyTorch and Composer.
+
+Importing this package imports nothing else: each name below is loaded when it is first used, so that the functions need
+torch alone and only the algorithm needs Composer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ws_algorithm.algorithm import WeightStandardization as WeightStandardization
+    from ws_algorithm.formula import FORMULAS as FORMULAS
+    from ws_algorithm.formula import Formula as Formula
+    from ws_algorithm.formula import standardize_weight as standardize_weight
+    from ws_algorithm.functional import apply_weight_standardization as apply_weight_standardization
+    from ws_algorithm.functional import fold_weight_standardization as fold_weight_standardization
+    from ws_algorithm.functional import is_weight_standardized as is_weight_standardized
+    from ws_algorithm.functional import remove_weight_standardization as remove_weight_standardization
+    from ws_algorithm.parametrization import WeightStandardizer as WeightStandardizer
+
+__version__ = "0.1.0"
+
+_FILE_OF = {
+    "WeightStandardization": "algorithm",
+    "FORMULAS": "formula",
+    "Formula": "formula",
+    "standardize_weight": "formula",
+    "apply_weight_standardization": "functional",
+    "fold_weight_standardization": "functional",
+    "is_weight_standardized": "functional",
+    "remove_weight_standardization": "functional",
+    "WeightStandardizer": "parametrization",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_FILE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FILE_OF})

@@ -1,0 +1,78 @@
+"""The command ``ws-algorithm``, also ``python -m ws_algorithm``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 2 for mistakes in a recipe or in the command, 130 if interrupted."""
+    options = _parser().parse_args(arguments)
+    from ws_algorithm.recipes.schema import RecipeError
+
+    try:
+        options.run(options)
+    except RecipeError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with autoresume=true continues the run", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ws-algorithm", description="Weight Standardization for PyTorch and Composer: train and evaluate recipes."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = verbs.add_parser("train", help="train a recipe", description="Train a recipe and write its run folder.")
+    train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as quickstart")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as max_duration=1ep model.norm=batch")
+    train.add_argument("--dry-run", action="store_true", help="check the recipe, print it resolved and stop")
+    train.set_defaults(run=_train)
+
+    evaluate = verbs.add_parser("evaluate", help="evaluate a run or a checkpoint", description="Evaluate a checkpoint.")
+    evaluate.add_argument("recipe", metavar="run|recipe", help="the folder of a run, or a recipe with load_path=FILE")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.set_defaults(run=_evaluate)
+
+    recipes = verbs.add_parser("recipes", help="list the recipes that ship", description="List the shipped recipes.")
+    recipes.set_defaults(run=_recipes)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.dry_run:
+        from ws_algorithm.recipes.resolve import resolve_recipe
+        from ws_algorithm.recipes.schema import to_yaml
+
+        print(to_yaml(resolve_recipe(options.recipe, options.overrides)), end="")
+        return
+    from ws_algorithm.recipes.train import train
+
+    train(options.recipe, options.overrides)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from ws_algorithm.recipes.evaluate import evaluate
+
+    evaluate(options.recipe, options.overrides)
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from ws_algorithm.recipes.catalogue import describe, shipped_recipes
+
+    recipes = shipped_recipes()
+    width = max(len(name) for name in recipes)
+    for name, path in recipes.items():
+        print(f"{name:{width}}  {describe(path)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Weight Standardization as functions of tensors.
+
+Every convolution weight ``W`` is seen as rows, one row of ``n`` weights (the fan-in) per output channel:
+
+.. math:: \\hat{W}_{o} = \\frac{W_{o} - \\mu_{o}}{s_{o}}
+
+What the published systems disagree on is the scale ``s``: whether the variance divides by ``n`` or by ``n - 1``,
+how large ``eps`` is, and whether it is added to the variance or to the standard deviation. Each variant is one
+:class:`Formula`.
+
+Source: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Formula:
+    """One published way to compute the scale ``s`` of a row.
+
+    ``s = sqrt(var + eps)`` when ``eps_inside_root``, else ``s = sqrt(var) + eps``.
+
+    Args:
+        eps: Added to the variance or to the standard deviation. Must be positive.
+        eps_inside_root: Whether ``eps`` is added to the variance (under the root) or to its root.
+        unbiased: Whether the variance divides by ``n - 1`` (Bessel's correction) instead of ``n``.
+
+    Raises:
+        ValueError: If `eps` is not a positive number.
+    """
+
+    eps: float
+    eps_inside_root: bool
+    unbiased: bool
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise ValueError(f"`eps` (={self.eps!r}) must be positive; a constant filter would divide by zero.")
+
+
+FORMULAS: dict[str, Formula] = {
+    # mosaicml/composer, algorithms/weight_standardization
+    "composer": Formula(eps=1e-10, eps_inside_root=True, unbiased=False),
+    # joe-siyuan-qiao/WeightStandardization (PyTorch layer); equals mmcv's ConvWS2d
+    "paper": Formula(eps=1e-5, eps_inside_root=False, unbiased=True),
+    # joe-siyuan-qiao/WeightStandardization (TensorFlow layer); csrhddlam/dgcnn
+    "tensorflow": Formula(eps=1e-5, eps_inside_root=False, unbiased=False),
+    # huggingface/pytorch-image-models, StdConv2d; its BiT models use eps 1e-8
+    "timm": Formula(eps=1e-6, eps_inside_root=True, unbiased=False),
+    # google-research/big_transfer, StdConv2d
+    "bit": Formula(eps=1e-10, eps_inside_root=True, unbiased=False),
+}
+
+
+def resolve_formula(formula: str | Formula) -> Formula:
+    """The :class:`Formula` of a name, or `formula` itself when it already is one.
+
+    Raises:
+        ValueError: If `formula` is neither a known name nor a :class:`Formula`.
+
+    Example:
+        >>> resolve_formula("paper").unbiased
+        True
+    """
+    if isinstance(formula, Formula):
+        return formula
+    if isinstance(formula, str) and formula in FORMULAS:
+        return FORMULAS[formula]
+    raise ValueError(f"`formula` (={formula!r}) must be one of {', '.join(FORMULAS)}, or a `Formula`.")
+
+
+def standardize_weight(weight: Tensor, formula: str | Formula = "composer") -> Tensor:
+    r"""Give every output channel of a convolution weight zero mean and unit variance.
+
+    .. math:: \hat{W}_{o} = (W_{o} - \mu_{o}) / s_{o}
+
+    with the mean :math:`\mu` and the scale :math:`s` of :class:`Formula` over all dimensions but the first.
+    Differentiable to second order. Statistics are computed in float32 for float16 and bfloat16 weights (an ``eps`` of 1e-10 is 0 in
+    float16) and in the weight's own precision otherwise. A row of one weight, or of equal weights, becomes 0.
+
+    Args:
+        weight: Shape ``(out_channels, in_channels / groups, *kernel_size)``; any number of dimensions from 2 on.
+        formula: A name in ``FORMULAS`` or a :class:`Formula`. Default: ``"composer"``.
+
+    Returns:
+        The standardized weight: same shape, dtype and memory format.
+
+    Raises:
+        ValueError: If `weight` has fewer than two dimensions or an integer dtype, or `formula` is not known.
+
+    Source: https://arxiv.org/abs/1903.10520, equations 7 and 8.
+
+    Example:
+        >>> standardized = standardize_weight(torch.tensor([[1.0, 3.0]]))
+        >>> torch.allclose(standardized, torch.tensor([[-1.0, 1.0]]))  # mean 2, standard deviation 1
+        True
+    """
+    formula = resolve_formula(formula)
+    if weight.ndim < 2:
+        raise ValueError(
+            f"`weight` must have at least two dimensions (output channels first), got shape {tuple(weight.shape)}."
+        )
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise ValueError(f"`weight` must be floating-point, got {weight.dtype}. Standardize before quantizing.")
+    order = _dims_in_memory_order(weight)
+    rows_shape = [weight.shape[dim] for dim in order]
+    rows = weight.permute(order).flatten(1)  # (O, n): a view whenever the weight is dense
+    precise = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    standardized = _standardize_rows(precise, formula).to(rows.dtype)
+    return standardized.reshape(rows_shape).permute([order.index(dim) for dim in range(weight.ndim)])
+
+
+def _dims_in_memory_order(weight: Tensor) -> list[int]:
+    """Dimension 0, then the others from the largest stride to the smallest.
+
+    Row statistics do not depend on the order inside a row, and in this order flattening a ``channels_last`` weight
+    copies nothing and the result keeps that layout.
+    """
+    if weight.is_contiguous():
+        return list(range(weight.ndim))
+    return [0, *sorted(range(1, weight.ndim), key=weight.stride, reverse=True)]
+
+
+def _standardize_rows(rows: Tensor, formula: Formula) -> Tensor:
+    """Standardize each row of a matrix ``(O, n)``."""
+    n = rows.shape[1]
+    if formula.eps_inside_root and not formula.unbiased and not rows.is_complex():
+        return F.layer_norm(rows, (n,), eps=formula.eps)  # one fused kernel forward, one backward
+    correction = 1 if formula.unbiased and n > 1 else 0
+    if formula.eps_inside_root:
+        var, mean = torch.var_mean(rows, dim=1, keepdim=True, correction=correction)
+        return (rows - mean) / torch.sqrt(var + formula.eps)
+    # std_mean rather than the root of var_mean: its gradient at a constant row is 0 instead of NaN
+    std, mean = torch.std_mean(rows, dim=1, keepdim=True, correction=correction)
+    return (rows - mean) / (std + formula.eps)

@@ -1,0 +1,182 @@
+"""Weight Standardization of whole models, as functions that edit a model in place."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from ws_algorithm.formula import Formula, resolve_formula
+from ws_algorithm.parametrization import (
+    check_removable,
+    raw_weight,
+    register_weight_standardizer,
+    unregister_weight_standardizer,
+)
+from ws_algorithm.selection import ConvolutionChoice, check_module, choose_convolutions, standardizers_of
+
+log = logging.getLogger(__name__)
+
+
+def apply_weight_standardization(
+    module: nn.Module, n_last_layers_ignore: int = 0, *, formula: str | Formula = "composer"
+) -> int:
+    r"""Standardize the weights of all convolutions of a model, now and in every later forward.
+
+    .. math:: \hat{W}_{o} = (W_{o} - \mu_{o}) / s_{o}
+
+    Every ``Conv1d``, ``Conv2d`` and ``Conv3d`` computes with :math:`\hat{W}` and learns the raw :math:`W`, which
+    remains the same ``Parameter`` object: an optimizer built before this call keeps working. A convolution that is
+    already standardized stays as it is, so that applying twice equals applying once; one with a fan-in of 1 is left
+    alone, since its standardized weight would be 0. What was and what was not standardized is logged in one line.
+
+    A drop-in for ``composer.functional.apply_weight_standardization``.
+
+    Args:
+        module: The model; edited in place. May itself be a convolution.
+        n_last_layers_ignore: How many convolutions, counted from the one that is executed last, are left alone: those
+            of a prediction head. Default: ``0``.
+        formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``) or a
+            :class:`~ws_algorithm.formula.Formula`. A published checkpoint needs the formula that it was trained with.
+            Default: ``"composer"``.
+
+    Returns:
+        The number of convolutions that this call standardized.
+
+    Raises:
+        ValueError: If an argument is not of the kind described, or a convolution is lazy, pruned or under an old-style
+            ``weight_norm`` or ``spectral_norm``. Nothing has been changed then.
+
+    Source: https://arxiv.org/abs/1903.10520.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 10, 1))
+        >>> apply_weight_standardization(model, n_last_layers_ignore=1)
+        1
+        >>> is_weight_standardized(model[0]), is_weight_standardized(model[3])
+        (True, False)
+    """
+    formula = resolve_formula(formula)
+    choices = choose_convolutions(module, n_last_layers_ignore)
+    chosen = [choice for choice in choices if choice.skipped_because is None]
+    for choice in chosen:
+        register_weight_standardizer(choice.module, formula)
+    _log_choices(module, choices)
+    return len(chosen)
+
+
+def is_weight_standardized(module: nn.Module) -> bool:
+    """Whether the weight of `module`, or of any layer inside it, is standardized by this package or by Composer's.
+
+    Raises:
+        ValueError: If `module` is not a module.
+
+    Example:
+        >>> from torch import nn
+        >>> is_weight_standardized(nn.Conv2d(3, 8, 3))
+        False
+    """
+    return bool(_standardized_layers(module))
+
+
+def remove_weight_standardization(module: nn.Module) -> int:
+    """Take the standardization off a model and keep its raw weights, in place.
+
+    The function of the model changes (its weights are no longer standardized); its keys, classes and ``Parameter``
+    objects are those it had before :func:`apply_weight_standardization`. To keep the function, use
+    :func:`fold_weight_standardization`.
+
+    Returns:
+        The number of convolutions that were standardized.
+
+    Raises:
+        ValueError: If `module` is not a module, or one of the weights carries other parametrizations as well. Nothing
+            has been changed then.
+
+    Example:
+        >>> from torch import nn
+        >>> conv = nn.Conv2d(3, 8, 3)
+        >>> raw = conv.weight
+        >>> apply_weight_standardization(conv), remove_weight_standardization(conv), conv.weight is raw
+        (1, 1, True)
+    """
+    layers = _removable_layers(module)
+    for layer in layers:
+        unregister_weight_standardizer(layer)
+    return len(layers)
+
+
+def fold_weight_standardization(module: nn.Module) -> int:
+    """Turn a standardized model into a plain one that computes the same, in place.
+
+    Every standardized convolution becomes an ordinary one whose ``Parameter`` (the same object) holds the standardized
+    weight: for inference and export, without any cost. The raw weights are overwritten; fold a ``copy.deepcopy`` if
+    training is to go on.
+
+    Returns:
+        The number of convolutions that were folded.
+
+    Raises:
+        ValueError: If `module` is not a module, one of the weights carries other parametrizations as well, or a
+            standardized weight is shared with a layer that uses it unstandardized. Nothing has been changed then.
+
+    Example:
+        >>> import torch
+        >>> conv, image = torch.nn.Conv2d(3, 8, 3), torch.randn(1, 3, 8, 8)
+        >>> _ = apply_weight_standardization(conv)
+        >>> before = conv(image)
+        >>> fold_weight_standardization(conv), torch.equal(conv(image), before)
+        (1, True)
+    """
+    layers = _removable_layers(module)
+    _check_not_shared(module, layers)
+    with torch.no_grad():
+        folded: Any = [layer.weight for layer in layers]  # all before any: two of them may share one raw weight
+        for layer, weight in zip(layers, folded, strict=True):
+            unregister_weight_standardizer(layer).copy_(weight)
+    return len(layers)
+
+
+def _standardized_layers(module: nn.Module) -> list[nn.Module]:
+    """Not only convolutions: a user may have put a :class:`WeightStandardizer` on any layer."""
+    check_module(module)
+    return [layer for layer in module.modules() if standardizers_of(layer)]
+
+
+def _removable_layers(module: nn.Module) -> list[nn.Module]:
+    layers = _standardized_layers(module)
+    for layer in layers:
+        check_removable(layer)
+    if not layers:
+        log.warning("%s has no standardized layer; nothing was removed or folded.", type(module).__name__)
+    return layers
+
+
+def _check_not_shared(module: nn.Module, layers: list[nn.Module]) -> None:
+    """Folding overwrites raw weights, which no layer outside `layers` may be using."""
+    inside = {part for layer in layers for part in layer.modules()}
+    raw = {id(raw_weight(layer)) for layer in layers}
+    for name, other in module.named_modules():
+        if other not in inside and any(id(parameter) in raw for parameter in other.parameters(recurse=False)):
+            raise ValueError(
+                f"`module` shares the raw weight of a standardized layer with {name!r} ({type(other).__name__}), which "
+                "folding would change. Give that layer a weight of its own first."
+            )
+
+
+def _log_choices(module: nn.Module, choices: list[ConvolutionChoice]) -> None:
+    reasons: dict[str, list[str]] = {}
+    for choice in choices:
+        if choice.skipped_because is not None:
+            reasons.setdefault(choice.skipped_because, []).append(str(choice))
+    log.log(
+        logging.INFO if is_weight_standardized(module) else logging.WARNING,
+        "Weight Standardization: %d of %d convolutions of %s standardized; left alone: %s.",
+        sum(choice.skipped_because is None for choice in choices),
+        len(choices),
+        type(module).__name__,
+        "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items()) or "none",
+    )

@@ -1,0 +1,163 @@
+"""Weight Standardization as a parametrization of a convolution, put on and taken off again.
+
+In plain words, after :func:`register_weight_standardizer` ``conv``:
+
+- ``conv.weight`` is the standardized weight, computed from the raw one;
+- the raw weight is the very ``Parameter`` object that ``conv.weight`` was, so optimizers built before keep working,
+  under the name ``conv.parametrizations.weight.original``;
+- assigning to ``conv.weight``, ``conv.reset_parameters()`` and loading a plain ``conv.weight`` key set the raw weight;
+- :func:`unregister_weight_standardizer` restores class, parameter and keys as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ws_algorithm.formula import FORMULAS, Formula, resolve_formula, standardize_weight
+from ws_algorithm.selection import is_standardizer, standardizers_of
+
+
+class WeightStandardizer(nn.Module):
+    r"""The parametrization ``raw weight -> standardized weight`` for ``torch.nn.utils.parametrize``.
+
+    .. math:: \hat{W}_{o} = (W_{o} - \mu_{o}) / s_{o}
+
+    Args:
+        formula: A name in ``FORMULAS`` or a :class:`~ws_algorithm.formula.Formula`. Default: ``"composer"``.
+
+    Raises:
+        ValueError: If `formula` is not known.
+
+    Source: https://arxiv.org/abs/1903.10520.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils import parametrize
+        >>> conv = parametrize.register_parametrization(torch.nn.Conv2d(3, 8, 3), "weight", WeightStandardizer())
+        >>> bool(conv.weight.flatten(1).mean(1).abs().max() < 1e-6)
+        True
+    """
+
+    def __init__(self, formula: str | Formula = "composer") -> None:
+        super().__init__()
+        self.formula = resolve_formula(formula)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the standardized weight; same shape ``(out_channels, in_channels / groups, *kernel_size)``."""
+        return standardize_weight(weight, self.formula)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the raw weight to store when `weight` is assigned: the assigned values themselves."""
+        return weight
+
+    def extra_repr(self) -> str:
+        name = next((name for name, formula in FORMULAS.items() if formula == self.formula), None)
+        return f"formula={name or self.formula!r}"
+
+
+def register_weight_standardizer(conv: nn.Module, formula: str | Formula = "composer") -> None:
+    """Standardize the weight of one convolution from now on."""
+    parametrize.register_parametrization(conv, "weight", WeightStandardizer(formula))
+    injected = type(conv)
+    for name, method in _raw_weight_methods(injected.__bases__[0]).items():
+        setattr(injected, name, method)
+
+
+def unregister_weight_standardizer(conv: nn.Module) -> nn.Parameter:
+    """Take the standardization off one convolution and return its weight, which holds the raw values again.
+
+    Raises:
+        ValueError: If other parametrizations stand on the same weight, whose place in the chain cannot be closed.
+    """
+    check_removable(conv)
+    # A deep copy shares the injected class with its original, and torch deletes the property from the class
+    injected = type(conv)
+    kept = {name: value for name, value in vars(injected).items() if name not in _raw_weight_methods(injected)}
+    conv.__class__ = type(injected.__name__, injected.__bases__, kept)
+    parametrize.remove_parametrizations(conv, "weight", leave_parametrized=False)
+    for name in [name for name in conv._parameters if name != "weight"]:
+        conv._parameters[name] = conv._parameters.pop(name)  # weight first again: the order of keys and parameters
+    weight = conv.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def check_removable(conv: nn.Module) -> None:
+    """Raise ``ValueError`` where :func:`unregister_weight_standardizer` would."""
+    others = [type(p).__name__ for p in _chain(conv) if not is_standardizer(p)]
+    if others:
+        raise ValueError(
+            f"`module` has a convolution whose weight carries other parametrizations beside the standardization: "
+            f"{', '.join(others)}. Remove them all with torch.nn.utils.parametrize.remove_parametrizations."
+        )
+
+
+def raw_weight(conv: nn.Module) -> nn.Parameter:
+    """The raw weight of a standardized layer: the ``Parameter`` that is trained and saved."""
+    return _chain(conv).original
+
+
+def _holds_raw_weight(conv: nn.Module) -> bool:
+    """Whether ``weight`` is the standardized raw weight, with no other parametrization in between."""
+    standardizers = standardizers_of(conv)
+    return bool(standardizers) and len(standardizers) == len(_chain(conv))
+
+
+def _chain(conv: nn.Module) -> Any:
+    parametrizations: Any = conv.parametrizations
+    return parametrizations["weight"]
+
+
+def _assign_raw_weight(conv: nn.Module, value: Any) -> None:
+    """A ``Parameter`` replaces the raw ``Parameter``, as on a plain convolution; a tensor is copied into it."""
+    raw = raw_weight(conv)
+    if isinstance(value, nn.Parameter):
+        _chain(conv).original = value
+    elif not isinstance(value, Tensor) or value.shape != raw.shape:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"`weight` must be a parameter, or a tensor of shape {tuple(raw.shape)}; got {got}.")
+    elif raw.is_meta:
+        _chain(conv).original = nn.Parameter(value.detach().clone(), requires_grad=raw.requires_grad)
+    else:
+        with torch.no_grad():
+            raw.copy_(value)
+
+
+def _raw_weight_methods(base: Any) -> dict[str, Callable[..., Any]]:
+    """Methods for the class that ``torch.nn.utils.parametrize`` injects above `base`, the class of the convolution.
+
+    Through them, what is assigned to ``weight``, initialised by ``reset_parameters`` or loaded under the plain key
+    ``weight`` reaches the raw weight. They call `base` by name because other class swaps (FSDP) may stand in front.
+    """
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if name == "weight" and _holds_raw_weight(self):
+            _assign_raw_weight(self, value)
+        else:
+            base.__setattr__(self, name, value)
+
+    def reset_parameters(self: Any) -> None:
+        if not _holds_raw_weight(self):
+            base.reset_parameters(self)
+            return
+        standardized_class = type(self)
+        # While the class's own code runs, `self.weight` is the raw weight
+        self.__class__ = type(standardized_class.__name__, (standardized_class,), {"weight": property(raw_weight)})
+        try:
+            base.reset_parameters(self)
+        finally:
+            self.__class__ = standardized_class
+
+    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        plain, raw = f"{prefix}weight", f"{prefix}parametrizations.weight.original"
+        if plain in state_dict and raw not in state_dict and _holds_raw_weight(self):
+            state_dict[raw] = state_dict.pop(plain)
+        base._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+
+    methods = (__setattr__, reset_parameters, _load_from_state_dict)
+    return {method.__name__: method for method in methods if hasattr(base, method.__name__)}

@@ -1,0 +1,79 @@
+"""A recipe's blocks to the objects they name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Callback, DataSpec
+from composer.loggers import LoggerDestination
+from composer.models import ComposerModel
+from composer.optim import ComposerScheduler
+from composer.utils import dist
+from torch import nn
+
+from ws_algorithm.recipes import registry
+from ws_algorithm.recipes.parameter_groups import parameter_groups
+from ws_algorithm.recipes.schema import Recipe, RecipeError
+from ws_algorithm.recipes.signatures import check_arguments
+
+
+def build_model(recipe: Recipe) -> ComposerModel:
+    return _build(registry.MODELS, recipe.model)
+
+
+def _build_dataspec(recipe: Recipe, block: dict[str, Any], *, training: bool) -> DataSpec:
+    """The data of one dataloader block, in batches for this device."""
+    batch_size = recipe.global_train_batch_size
+    if not training and recipe.global_eval_batch_size is not None:
+        batch_size = recipe.global_eval_batch_size
+    device_batch_size = batch_size // dist.get_world_size()
+    spec: DataSpec = _build(registry.DATA, block, batch_size=device_batch_size, training=training, seed=recipe.seed)
+    if len(spec.dataloader) == 0:  # pyright: ignore[reportArgumentType]
+        raise ValueError(f"`global_train_batch_size` (={batch_size}) is larger than the data set: no batch is full.")
+    return spec
+
+
+def build_data(source: str, recipe: Recipe, key: str, *, training: bool) -> DataSpec | None:
+    """The data of one dataloader block; what is wrong with the data themselves is a mistake in the recipe too."""
+    block = getattr(recipe, key)
+    if block is None:
+        return None
+    try:
+        return _build_dataspec(recipe, block, training=training)
+    except ValueError as error:
+        raise RecipeError(source, [f"`{key}`: {error}"]) from error
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    block = dict(recipe.optimizers)
+    groups = parameter_groups(model, block.pop("param_groups", None) or [])
+    return _build(registry.OPTIMIZERS, block, params=[group for group in groups if group["params"]])
+
+
+def build_scheduler(recipe: Recipe) -> ComposerScheduler | None:
+    return _build(registry.SCHEDULERS, recipe.schedulers) if recipe.schedulers else None
+
+
+def build_algorithms(recipe: Recipe) -> list[Algorithm]:
+    return _build_each(registry.ALGORITHMS, recipe.algorithms)
+
+
+def build_callbacks(recipe: Recipe) -> list[Callback]:
+    return _build_each(registry.CALLBACKS, recipe.callbacks)
+
+
+def build_loggers(recipe: Recipe) -> list[LoggerDestination]:
+    return _build_each(registry.LOGGERS, recipe.loggers)
+
+
+def _build_each(names: registry.Registry, blocks: dict[str, Any] | None) -> list[Any]:
+    return [_build(names, {"name": name, **arguments}) for name, arguments in (blocks or {}).items()]
+
+
+def _build(names: registry.Registry, block: dict[str, Any], **supplied: Any) -> Any:
+    arguments = {key: value for key, value in block.items() if key != "name"}
+    builder = names[block["name"]]
+    converted, errors = check_arguments(builder, arguments, supplied)
+    assert not errors, f"a resolved recipe has no mistakes, found {errors}"
+    return builder(**converted, **supplied)

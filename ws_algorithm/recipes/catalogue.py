@@ -1,0 +1,48 @@
+"""The recipes that ship with the package: where they are, what they are called, what each says of itself."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import ws_algorithm
+
+_PACKAGE = Path(ws_algorithm.__file__).parent
+
+
+def shipped_folder() -> Path:
+    """The folder of the shipped recipes: inside an installed package, beside it in a checkout."""
+    installed = _PACKAGE / "yamls"
+    return installed if installed.is_dir() else _PACKAGE.parent / "yamls"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Every shipped recipe by name, such as ``quickstart`` or ``fashion_mnist/resnet20_gn_ws``."""
+    folder = shipped_folder()
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def describe(path: Path) -> str:
+    """The first comment line of a recipe: what it is, in one line."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").strip()
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe, given as a path to a YAML file or by the name of a shipped one.
+
+    Raises:
+        ValueError: If there is neither; names what is close.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    plain = name.removeprefix("yamls/").removesuffix(".yaml")
+    if plain in shipped and not path.is_absolute():
+        return shipped[plain]
+    if path.is_dir():
+        raise ValueError(f"`recipe` (={name!r}) is a folder; name a YAML file in it, or a shipped recipe.")
+    close = difflib.get_close_matches(plain, shipped, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(close)}?" if close else "`ws-algorithm recipes` lists those that ship."
+    raise ValueError(f"`recipe` (={name!r}) is neither a file nor the name of a shipped recipe. {hint}")

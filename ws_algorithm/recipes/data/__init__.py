@@ -1,0 +1,1 @@
+"""Builders of data specifications, one file per task family."""

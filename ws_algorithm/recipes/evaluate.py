@@ -1,0 +1,73 @@
+"""Evaluate: a finished run, or a recipe and a checkpoint, in; a table of metrics out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer import Trainer
+from composer.utils import dist, get_device, reproducibility
+
+from ws_algorithm.recipes import build, report, run_folder
+from ws_algorithm.recipes.resolve import resolve_recipe
+from ws_algorithm.recipes.schema import RecipeError
+
+
+def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Evaluate a checkpoint on the evaluation data of its recipe and print the metrics.
+
+    Args:
+        source: The folder of a run, whose best checkpoint is taken (the last if there is no best one); or a recipe,
+            with the checkpoint as ``load_path``.
+        overrides: ``key=value`` lines.
+
+    Returns:
+        Metric values by name.
+
+    Raises:
+        RecipeError: If the recipe has mistakes, or has no evaluation data or no checkpoint.
+    """
+    folder = Path(source).expanduser()
+    in_folder = (folder / run_folder.RECIPE).is_file()
+    recipe = resolve_recipe(str(folder / run_folder.RECIPE) if in_folder else source, overrides)
+    dist.initialize_dist(get_device(recipe.device), timeout=recipe.dist_timeout)
+    checkpoint = recipe.load_path
+    if in_folder and not any(override.startswith("load_path=") for override in overrides):
+        checkpoint = str(_checkpoint_of(source, folder))
+    errors = [] if recipe.eval_dataloader else ["`eval_dataloader`: missing; there is nothing to evaluate on."]
+    if checkpoint is None:
+        errors.append(
+            "`load_path`: missing. Name the checkpoint to evaluate, or the folder of a run instead of a recipe."
+        )
+    if errors:
+        raise RecipeError(source, errors)
+    reproducibility.seed_all(recipe.seed)
+    model = build.build_model(recipe)
+    trainer = Trainer(
+        model=model,
+        optimizers=build.build_optimizer(recipe, model),  # not used; without one, Composer makes its own and warns
+        eval_dataloader=build.build_data(source, recipe, "eval_dataloader", training=False),
+        algorithms=build.build_algorithms(recipe),
+        load_path=checkpoint,
+        load_weights_only=True,
+        load_strict_model_weights=recipe.load_strict_model_weights,
+        precision=recipe.precision,
+        device=recipe.device,
+        seed=recipe.seed,
+        progress_bar=False,
+    )
+    trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
+    values = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
+    trainer.close()
+    if dist.get_global_rank() == 0:
+        rows: list[tuple[str, ...]] = [(name, f"{value:.4f}") for name, value in values.items()]
+        print(report.format_table(("metric", "value"), rows))
+        print(f"\ncheckpoint  {checkpoint}")
+    return values
+
+
+def _checkpoint_of(source: str, folder: Path) -> Path:
+    try:
+        return run_folder.best_or_latest_checkpoint(folder)
+    except ValueError as error:
+        raise RecipeError(source, [str(error)]) from error

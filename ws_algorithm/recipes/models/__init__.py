@@ -1,0 +1,1 @@
+"""Builders of models, one file per task family; they know nothing of Weight Standardization."""

@@ -1,0 +1,58 @@
+"""Names in YAML to builders and classes: plain dicts."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from composer import algorithms, callbacks, loggers, optim
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from composer.optim import ComposerScheduler
+from torch import optim as torch_optim
+
+from ws_algorithm.algorithm import WeightStandardization
+from ws_algorithm.recipes.data.classification import build_digits_dataspec, build_fashion_mnist_dataspec
+from ws_algorithm.recipes.models.classification import build_cifar_resnet
+
+Registry = dict[str, Callable[..., Any]]
+
+
+def _classes(module: Any, base: type) -> Registry:
+    """The concrete public classes of a module that derive from `base`, by name."""
+    return {
+        name: member
+        for name, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, base) and member is not base and not inspect.isabstract(member)
+    }
+
+
+MODELS: Registry = {
+    "cifar_resnet": build_cifar_resnet,
+}
+DATA: Registry = {
+    "digits": build_digits_dataspec,
+    "fashion_mnist": build_fashion_mnist_dataspec,
+}
+OPTIMIZERS: Registry = _classes(torch_optim, torch_optim.Optimizer) | _classes(optim, torch_optim.Optimizer)
+SCHEDULERS: Registry = _classes(optim, ComposerScheduler)
+ALGORITHMS: Registry = _classes(algorithms, Algorithm) | {"WeightStandardization": WeightStandardization}
+CALLBACKS: Registry = _classes(callbacks, Callback)
+LOGGERS: Registry = _classes(loggers, LoggerDestination)
+
+# The module that a logger needs, and the extra that installs it
+_EXTRAS = {
+    "TensorboardLogger": ("tensorboard", "tensorboard"),
+    "WandBLogger": ("wandb", "wandb"),
+    "MLFlowLogger": ("mlflow", "mlflow"),
+}
+
+
+def missing_extra(name: str) -> str | None:
+    """What to install before the logger `name` can be used, or ``None`` if it can."""
+    module, extra = _EXTRAS.get(name, (None, None))
+    if module is None or importlib.util.find_spec(module) is not None:
+        return None
+    return f'{name} needs {module}: pip install "ws-algorithm[{extra}]"'

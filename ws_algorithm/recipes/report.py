@@ -1,0 +1,104 @@
+"""Tables and curves from the metrics that a run wrote down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, float]
+
+_EVAL = "metrics/eval/"
+_LOSS = "loss/train/total"
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines, one per batch; a batch that was written twice has its later values."""
+    rows: dict[int, Row] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows[row["batch"]] = rows.get(row["batch"], {}) | row
+    return [rows[batch] for batch in sorted(rows)]
+
+
+def summary_table(rows: list[Row], higher_is_better: dict[str, bool | None]) -> list[tuple[str, str, str, str]]:
+    """Per evaluation metric: its name, last value, best value and the epoch of the best.
+
+    Args:
+        rows: What :func:`read_metrics` returns.
+        higher_is_better: By metric; for ``None`` or a metric that is not there lower is better, as for a loss.
+    """
+    table = []
+    for name in _names(rows, _EVAL):
+        series = [(row["epoch"], row[name]) for row in rows if name in row]
+        short = name.removeprefix(_EVAL)
+        pick = max if higher_is_better.get(short) else min
+        best_epoch, best = pick(series, key=lambda point: point[1])
+        table.append((short, f"{series[-1][1]:.4f}", f"{best:.4f}", f"{best_epoch:g}"))
+    return table
+
+
+def images_per_second(rows: list[Row]) -> float | None:
+    """Training throughput over the whole run, evaluation not counted."""
+    return rows[-1]["sample"] / rows[-1]["seconds"] if rows and rows[-1]["seconds"] else None
+
+
+def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def draw_curves(rows: list[Row], path: Path, title: str) -> None:
+    """Draw training loss, evaluation metrics and learning rate over epochs into a PNG.
+
+    Args:
+        rows: What :func:`read_metrics` returns.
+        path: The PNG.
+        title: Stands above the curves.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [("train loss", [_LOSS])]
+    panels += [(name.removeprefix(_EVAL), [name]) for name in _names(rows, _EVAL)]
+    panels += [("learning rate", _names(rows, "lr-"))]
+    panels = [(label, names) for label, names in panels if any(name in row for row in rows for name in names)]
+    figure = Figure(figsize=(4.2 * max(len(panels), 1), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for position, (label, names) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), position + 1)
+        for name in names:
+            _draw_series(axes, [(row["epoch"], row[name]) for row in rows if name in row], name)
+        axes.set(xlabel="epoch", title=label)
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_series(axes: Any, series: list[tuple[float, float]], name: str) -> None:
+    epochs, values = [point[0] for point in series], [point[1] for point in series]
+    if name == _LOSS and len(values) > 50:
+        axes.plot(epochs, values, color="C0", alpha=0.25, linewidth=0.8)
+        axes.plot(epochs, _running_mean(values, len(values) // 50), color="C0")
+    else:
+        axes.plot(epochs, values, marker="o" if len(values) < 40 else None, markersize=3, label=name)
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Mean over the last `window` values at each place."""
+    means = []
+    for end in range(1, len(values) + 1):
+        recent = values[max(0, end - window) : end]
+        means.append(sum(recent) / len(recent))
+    return means
+
+
+def _names(rows: list[Row], prefix: str) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(prefix)))

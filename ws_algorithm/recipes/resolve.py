@@ -1,0 +1,202 @@
+"""A recipe by name or path, with overrides, to a :class:`Recipe` that can run, or to every mistake in it.
+
+No data is read. The model is built without memory (on the meta device), and so are the objects that only a constructor
+can judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Precision, Time, TimeUnit
+from composer.distributed import DDPSyncStrategy
+from composer.utils import dist
+from torch import nn
+
+from ws_algorithm.recipes import build, registry
+from ws_algorithm.recipes.catalogue import find_recipe
+from ws_algorithm.recipes.schema import Recipe, RecipeError, check_batch_sizes, did_you_mean, first_line, read_recipe
+from ws_algorithm.recipes.signatures import check_arguments
+
+# block -> the names it may have, the arguments that are filled in by the run
+_NAMED_BLOCKS: dict[str, tuple[registry.Registry, tuple[str, ...]]] = {
+    "model": (registry.MODELS, ()),
+    "train_dataloader": (registry.DATA, ("batch_size", "training", "seed")),
+    "eval_dataloader": (registry.DATA, ("batch_size", "training", "seed")),
+    "optimizers": (registry.OPTIMIZERS, ("params",)),
+    "schedulers": (registry.SCHEDULERS, ()),
+}
+_MAPPING_BLOCKS: dict[str, registry.Registry] = {
+    "algorithms": registry.ALGORITHMS,
+    "callbacks": registry.CALLBACKS,
+    "loggers": registry.LOGGERS,
+}
+_CHOICES: dict[str, type[Enum]] = {"precision": Precision, "ddp_sync_strategy": DDPSyncStrategy}
+_TIMES = ("max_duration", "eval_interval", "save_interval", "console_log_interval")
+
+
+def resolve_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: A path to a YAML file, or the name of a shipped recipe.
+        overrides: ``key=value`` lines, see :func:`~ws_algorithm.recipes.schema.read_recipe`.
+
+    Raises:
+        RecipeError: Lists every mistake: unknown keys and names, wrong types, missing values, sizes that do not divide,
+            arguments that a constructor refuses.
+    """
+    try:
+        path = find_recipe(source)
+    except ValueError as error:
+        raise RecipeError(source, [str(error)]) from error
+    recipe, errors = read_recipe(path, overrides)
+    for key, (names, supplied) in _NAMED_BLOCKS.items():
+        if getattr(recipe, key) is not None:
+            errors += _check_named_block(key, getattr(recipe, key), names, supplied)
+    for key, names in _MAPPING_BLOCKS.items():
+        for name, arguments in (getattr(recipe, key) or {}).items():
+            errors += _check_entry(key, name, arguments, names)
+    errors += _check_values(recipe) + check_batch_sizes(recipe, dist.get_world_size())
+    errors += _check_by_building(recipe, errors)
+    if errors:
+        raise RecipeError(source, errors)
+    return recipe
+
+
+def _check_named_block(
+    key: str, block: dict[str, Any], names: registry.Registry, supplied: tuple[str, ...]
+) -> list[str]:
+    name = block.get("name")
+    if not isinstance(name, str) or name == "???":
+        return [f"`{key}.name`: missing.{did_you_mean('', names)}"]
+    arguments = {argument: value for argument, value in block.items() if argument != "name"}
+    errors = []
+    if key == "optimizers":
+        errors = _check_param_groups(name, arguments.pop("param_groups", None))
+    return errors + _check_arguments(key, "name", name, arguments, names, supplied)
+
+
+def _check_entry(key: str, name: str, arguments: Any, names: registry.Registry) -> list[str]:
+    if not isinstance(arguments, dict):
+        return [
+            f"`{key}.{name}` (={arguments!r}) must hold arguments. Write {{}} for the defaults; "
+            f"to leave it out, delete the line or use {key}=null."
+        ]
+    missing = registry.missing_extra(name)
+    if missing is not None:
+        return [f"`{key}.{name}`: {missing}."]
+    return _check_arguments(key, name, name, arguments, names)
+
+
+def _check_arguments(
+    key: str,
+    name_key: str,
+    name: str,
+    arguments: dict[str, Any],
+    names: registry.Registry,
+    supplied: tuple[str, ...] = (),
+) -> list[str]:
+    path = key if name_key == "name" else f"{key}.{name_key}"
+    if name not in names:
+        return [f"`{key}.{name_key}`: unknown name {name!r}.{did_you_mean(name, names)}"]
+    _, mistakes = check_arguments(names[name], arguments, supplied)
+    return [
+        f"`{path}.{mistake.name}`: {mistake.problem}"
+        + (f" of {name}.{did_you_mean(mistake.name, mistake.valid)}" if mistake.valid else ".")
+        for mistake in mistakes
+    ]
+
+
+def _check_param_groups(optimizer: str, groups: Any) -> list[str]:
+    """Options of a parameter group are arguments of the optimizer; what is selected needs the model."""
+    if groups is None or optimizer not in registry.OPTIMIZERS:
+        return []
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return [f"`optimizers.param_groups` (={groups!r}) must be a list of {{params: ..., <option>: <value>}}."]
+    errors = []
+    for position, group in enumerate(groups):
+        options = {option: value for option, value in group.items() if option != "params"}
+        _, mistakes = check_arguments(registry.OPTIMIZERS[optimizer], options, ("params",))
+        errors += [
+            f"`optimizers.param_groups[{position}].{mistake.name}`: {mistake.problem}."
+            + did_you_mean(mistake.name, mistake.valid)
+            for mistake in mistakes
+            if mistake.name in options
+        ]
+    return errors
+
+
+def _check_values(recipe: Recipe) -> list[str]:
+    errors = []
+    for key in _TIMES:
+        value = getattr(recipe, key)
+        if value is not None and not _is_time(value):
+            errors.append(
+                f"`{key}` (={value!r}) must be a positive number of epochs, or a time such as 10ep, 500ba, 20000sp."
+            )
+    for key, choices in _CHOICES.items():
+        value, valid = getattr(recipe, key), [choice.value for choice in choices]
+        if value is not None and value.lower() not in valid:
+            errors.append(f"`{key}`: unknown value {value!r}.{did_you_mean(value, valid)}")
+    if recipe.save_num_checkpoints_to_keep == 0:
+        errors.append(
+            "`save_num_checkpoints_to_keep` (=0) must be at least 1, or -1 to keep all: nothing could resume."
+        )
+    if recipe.autoresume and recipe.save_overwrite:
+        errors.append(
+            "`save_overwrite` and `autoresume` cannot both be true: one replaces a run, the other continues it."
+        )
+    if recipe.load_path is not None and "://" not in recipe.load_path and not Path(recipe.load_path).exists():
+        errors.append(f"`load_path` (={recipe.load_path!r}): there is no such file.")
+    return errors
+
+
+def _is_time(value: int | str) -> bool:
+    try:
+        return Time.from_input(value, TimeUnit.EPOCH).value > 0
+    except (ValueError, TypeError):
+        return False
+
+
+def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
+    """What only a constructor knows, for the blocks in which nothing wrong was found yet."""
+    errors: list[str] = []
+
+    def attempt(key: str, make: Callable[[], Any]) -> Any:
+        if any(error.startswith((f"`{key}`", f"`{key}.")) for error in found):
+            return None
+        try:
+            return make()
+        except Exception as error:  # a constructor may refuse its arguments with any error
+            errors.append(f"`{key}`: {first_line(error)}.")
+            return None
+
+    for key, make in (("algorithms", build.build_algorithms), ("callbacks", build.build_callbacks)):
+        for name, arguments in (getattr(recipe, key) or {}).items():
+            attempt(f"{key}.{name}", partial(make, replace(recipe, **{key: {name: arguments}})))
+    attempt("schedulers", lambda: build.build_scheduler(recipe))
+    with torch.device("meta"):
+        model = attempt("model", lambda: build.build_model(recipe)) if recipe.model else None
+        if recipe.optimizers and model is not None:
+            attempt("optimizers", lambda: build.build_optimizer(recipe, model))
+        elif recipe.optimizers:
+            options = {option: value for option, value in recipe.optimizers.items() if option != "param_groups"}
+            attempt("optimizers", lambda: build.build_optimizer(replace(recipe, optimizers=options), nn.Linear(1, 1)))
+    if model is not None and recipe.monitor is not None:
+        errors += _check_monitor(recipe.monitor, model.get_metrics(is_train=False))
+    return errors
+
+
+def _check_monitor(monitor: str, metrics: dict[str, Any]) -> list[str]:
+    known = [name for name, metric in metrics.items() if metric.higher_is_better is not None]
+    if monitor in known:
+        return []
+    problem = "does not say whether higher or lower is better" if monitor in metrics else "is no metric of the model"
+    return [f"`monitor` (={monitor!r}) {problem}.{did_you_mean(monitor, known)}"]

@@ -1,0 +1,227 @@
+"""The shape of a recipe: YAML and overrides to a typed :class:`Recipe`, every mistake collected.
+
+Keys are the arguments of Composer's ``Trainer`` wherever it has one. A block that stands for an object names its class
+or builder (``optimizers: {name: SGD, lr: 0.1}``); what may stand in a block is checked where names are resolved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+
+class RecipeError(ValueError):
+    """Every mistake found in a recipe, each a line that begins with its key path."""
+
+    def __init__(self, source: str, errors: Sequence[str]) -> None:
+        count = "1 mistake" if len(errors) == 1 else f"{len(errors)} mistakes"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {error}" for error in errors)]))
+        self.errors = list(errors)
+
+
+@dataclass
+class Recipe:
+    """A run, as a YAML file describes it. Fields named as an argument of the ``Trainer`` mean what they mean there.
+
+    Args:
+        model: ``{name: <builder>, <argument>: <value>, ...}``.
+        train_dataloader: ``{name: <builder>, ...}``.
+        eval_dataloader: ``{name: <builder>, ...}``; ``None`` trains without evaluation.
+        root: Where data sets are; for ``${root}`` in the dataloader blocks.
+        global_train_batch_size: Images per optimizer step, over all devices.
+        device_train_microbatch_size: Images per forward and backward on one device, or ``"auto"``; ``None``: all.
+        global_eval_batch_size: Images per evaluation batch, over all devices; ``None``: as in training.
+        optimizers: ``{name: <class>, lr: ..., param_groups: [{params: [...], <option>: ...}, ...]}``.
+        schedulers: ``{name: <class>, ...}``.
+        algorithms: ``{<class>: {<argument>: <value>, ...}, ...}``; ``null``: none.
+        callbacks: Likewise.
+        loggers: Likewise.
+        monitor: The evaluation metric that decides which checkpoint is best; ``None``: the last one of the model.
+        save_folder: The one folder of the run; ``{run_name}`` in it is replaced.
+    """
+
+    model: dict[str, Any] = MISSING
+    train_dataloader: dict[str, Any] = MISSING
+    eval_dataloader: dict[str, Any] | None = None
+    root: str | None = None
+    max_duration: int | str = MISSING
+
+    global_train_batch_size: int = MISSING
+    device_train_microbatch_size: int | str | None = None
+    global_eval_batch_size: int | None = None
+
+    optimizers: dict[str, Any] = MISSING
+    schedulers: dict[str, Any] | None = None
+    algorithms: dict[str, Any] | None = None
+    callbacks: dict[str, Any] | None = None
+    loggers: dict[str, Any] | None = None
+
+    precision: str | None = None
+    device: Literal["cpu", "gpu", "mps", "tpu"] | None = None
+    seed: int = 0
+    deterministic_mode: bool = False
+    scale_schedule_ratio: float = 1.0
+    step_schedulers_every_batch: bool | None = None
+    train_subset_num_batches: int = -1
+    eval_subset_num_batches: int = -1
+    eval_interval: int | str = 1
+    monitor: str | None = None
+
+    run_name: str | None = None
+    save_folder: str = "runs/{run_name}"
+    save_interval: int | str = "1ep"
+    save_num_checkpoints_to_keep: int = 1
+    save_overwrite: bool = False
+    autoresume: bool = False
+    load_path: str | None = None
+    load_weights_only: bool = False
+    load_strict_model_weights: bool = True
+    load_ignore_keys: list[str] | None = None
+
+    progress_bar: bool | None = None
+    log_to_console: bool = False
+    console_log_interval: int | str = "1ep"
+    python_log_level: str | None = None
+    dist_timeout: float = 300.0
+    ddp_sync_strategy: str | None = None
+    parallelism_config: dict[str, Any] | None = None
+    compile_config: dict[str, Any] | None = None
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
+_FIELD_TYPES = get_type_hints(Recipe)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+    """Read a recipe and apply ``key=value`` overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: ``key=value`` with dots in nested keys (``model.norm=batch``) and YAML values; later ones win.
+
+    Returns:
+        The recipe and the mistakes found in its shape. A field with a mistake has its default value, or is ``None``.
+
+    Raises:
+        RecipeError: If the file is not a YAML mapping at all.
+    """
+    values, errors = _apply_overrides(_load_mapping(path), overrides)
+    recipe = Recipe(**{name: None for name, field in FIELDS.items() if field.default is MISSING})  # pyright: ignore
+    misspelled = set()
+    for key, value in values.items():
+        if key not in FIELDS:
+            errors.append(f"`{key}`: unknown key.{did_you_mean(key, FIELDS)}")
+            misspelled.add(nearest(key, FIELDS))
+            continue
+        try:
+            setattr(recipe, key, _typed(key, value))
+        except OmegaConfBaseException as error:
+            errors.append(f"`{key}` (={value!r}): {first_line(error)}.")
+    for name, field in FIELDS.items():
+        if field.default is MISSING and name not in values and name not in misspelled:
+            errors.append(f"`{name}`: missing.")
+    return recipe, errors
+
+
+def check_batch_sizes(recipe: Recipe, world_size: int) -> list[str]:
+    """The mistakes in a recipe's batch sizes: each must be positive and divide evenly.
+
+    Args:
+        recipe: Sizes that are ``None`` are not checked.
+        world_size: Number of processes, one per device.
+    """
+    errors = []
+    for key in ("global_train_batch_size", "global_eval_batch_size"):
+        size = getattr(recipe, key)
+        if size is not None and (size < 1 or size % world_size):
+            errors.append(f"`{key}` (={size}) must be a positive multiple of the number of processes ({world_size}).")
+    microbatch, batch = recipe.device_train_microbatch_size, recipe.global_train_batch_size
+    if microbatch is None or microbatch == "auto":
+        return errors
+    if not isinstance(microbatch, int) or microbatch < 1:
+        errors.append(
+            f"`device_train_microbatch_size` (={microbatch!r}) must be a positive number of images or 'auto'."
+        )
+    elif batch is not None and batch > 0 and batch % world_size == 0 and (batch // world_size) % microbatch:
+        errors.append(
+            f"`device_train_microbatch_size` (={microbatch}) must divide the batch of one device, which is "
+            f"{batch // world_size} (`global_train_batch_size` {batch} over {world_size} processes)."
+        )
+    return errors
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML that :func:`read_recipe` reads back to the same recipe."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that `name` was probably meant to be."""
+    names = {candidate.lower(): candidate for candidate in valid}
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.55)
+    return names[close[0]] if close else None
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """`` Did you mean `x`?`` with the nearest valid name, or else all there is to choose from."""
+    valid = list(valid)
+    close = nearest(name, valid)
+    if close is not None:
+        return f" Did you mean `{close}`?"
+    return f" Choose from: {', '.join(valid)}." if valid else ""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the context lines that OmegaConf appends."""
+    text = str(error).strip().partition("\n")[0]
+    return text.rstrip(".") or type(error).__name__
+
+
+def _load_mapping(path: Path) -> Any:
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [f"not valid YAML: {' '.join(str(error).split())}"]) from error
+    if not OmegaConf.is_dict(config):
+        raise RecipeError(str(path), ["not a recipe: the file must hold `key: value` lines."])
+    return config
+
+
+def _apply_overrides(config: Any, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The plain values of a configuration after its overrides, interpolations resolved."""
+    errors = []
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        try:
+            if not equals or not key:
+                raise ValueError("an override is written key=value")
+            parsed = OmegaConf.from_dotlist([override])
+            OmegaConf.update(config, key, OmegaConf.select(parsed, key), merge=False, force_add=True)
+        except (ValueError, OmegaConfBaseException, YAMLError) as error:
+            errors.append(f"override {override!r}: {first_line(error)}.")
+    values = {}
+    for key in config:
+        try:
+            node = OmegaConf.select(config, key, throw_on_missing=True)
+            values[str(key)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        except OmegaConfBaseException as error:
+            if OmegaConf.is_missing(config, key):
+                continue
+            errors.append(f"`{key}`: {first_line(error)}.")
+            values[str(key)] = None
+    return values, errors
+
+
+def _typed(key: str, value: Any) -> Any:
+    """`value` as the type of a field of :class:`Recipe`. Raises ``OmegaConfBaseException`` if it is none."""
+    field_type = _FIELD_TYPES[key]
+    single = dataclasses.make_dataclass("Recipe", [(key, field_type)])
+    return OmegaConf.to_container(OmegaConf.structured(single(value)))[key]  # pyright: ignore

@@ -1,0 +1,200 @@
+"""Train: a recipe in, a Trainer run and a folder out."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import composer
+import torch
+from composer import Trainer
+from composer.callbacks import LRMonitor
+from composer.models import ComposerModel
+from composer.utils import dist, get_device, reproducibility
+
+import ws_algorithm
+from ws_algorithm.recipes import build, report, run_folder
+from ws_algorithm.recipes.best_checkpoint import BestCheckpoint, default_monitor
+from ws_algorithm.recipes.catalogue import find_recipe
+from ws_algorithm.recipes.resolve import resolve_recipe
+from ws_algorithm.recipes.run_log import RunLog
+from ws_algorithm.recipes.schema import Recipe, RecipeError, read_recipe, to_yaml
+
+log = logging.getLogger(__name__)
+
+# Fields of a recipe that the Trainer takes as they are; those that name objects are built first
+_BUILT = {
+    "model",
+    "train_dataloader",
+    "eval_dataloader",
+    "optimizers",
+    "schedulers",
+    "algorithms",
+    "callbacks",
+    "loggers",
+}
+_PASSED = {field.name for field in dataclasses.fields(Recipe)} & set(inspect.signature(Trainer).parameters) - _BUILT
+
+
+def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
+    """Train what a recipe describes and write its run folder.
+
+    The folder gets the resolved recipe, the last and the best checkpoint, metrics as JSON lines, a log and a PNG of the
+    curves. A run that was killed continues from its last checkpoint with ``autoresume=true``.
+
+    Args:
+        source: A path to a YAML file, or the name of a shipped recipe.
+        overrides: ``key=value`` lines, such as ``["max_duration=1ep", "model.norm=batch"]``.
+
+    Returns:
+        The Trainer after training, closed.
+
+    Raises:
+        RecipeError: If the recipe has mistakes, its data are not there or its folder is taken; lists them all.
+    """
+    recipe = resolve_recipe(source, overrides)
+    dist.initialize_dist(get_device(recipe.device), timeout=recipe.dist_timeout)
+    recipe, folder = _open_run_folder(source, recipe)
+    progress_bar = sys.stderr.isatty() if recipe.progress_bar is None else recipe.progress_bar
+    with _logging_to(folder / run_folder.LOG, epochs_on_screen=not progress_bar):
+        _keep_recipe(recipe, folder)
+        trainer = _build_trainer(source, recipe, folder, progress_bar)
+        if _is_complete(trainer):
+            log.info("%s is already trained for %s; nothing is left to do.", folder, recipe.max_duration)
+        else:
+            trainer.fit()
+        trainer.close()
+        if dist.get_global_rank() == 0:
+            run_folder.remove_old_checkpoints(folder, recipe.save_num_checkpoints_to_keep)
+            _report(trainer, folder)
+    dist.barrier()
+    return trainer
+
+
+def _open_run_folder(source: str, recipe: Recipe) -> tuple[Recipe, Path]:
+    """Let the first process choose and prepare the folder; all processes use that one."""
+    chosen: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        chosen[0] = _choose_and_prepare(find_recipe(source).stem, recipe)
+    dist.broadcast_object_list(chosen)
+    if isinstance(chosen[0], ValueError):
+        raise RecipeError(source, [str(chosen[0])])
+    folder, run_name = chosen[0]
+    return dataclasses.replace(recipe, run_name=run_name, save_folder=str(folder)), folder
+
+
+def _choose_and_prepare(default_name: str, recipe: Recipe) -> tuple[Path, str] | ValueError:
+    try:
+        folder, run_name = run_folder.choose_run_folder(
+            recipe.save_folder,
+            recipe.run_name,
+            default_name,
+            autoresume=recipe.autoresume,
+            overwrite=recipe.save_overwrite,
+        )
+    except ValueError as error:
+        return error
+    folder.mkdir(parents=True, exist_ok=True)
+    if recipe.autoresume:
+        run_folder.repair_checkpoints(folder)
+    else:
+        run_folder.clear_run(folder)
+    return folder, run_name
+
+
+def _keep_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write the resolved recipe; when a run continues, say what has changed since it began."""
+    if dist.get_global_rank() != 0:
+        return
+    path = folder / run_folder.RECIPE
+    if path.exists():
+        before, _ = read_recipe(path)
+        changed = [
+            f"{field.name} {getattr(before, field.name)!r} -> {getattr(recipe, field.name)!r}"
+            for field in dataclasses.fields(Recipe)
+            if field.name not in ("autoresume", "progress_bar")
+            and getattr(before, field.name) != getattr(recipe, field.name)
+        ]
+        if changed:
+            log.warning("%s continues with a changed recipe: %s.", folder, "; ".join(changed))
+    versions = f"ws-algorithm {ws_algorithm.__version__}, Composer {composer.__version__}, torch {torch.__version__}"
+    run_folder.write_atomically(path, f"# {recipe.run_name}: resolved recipe; {versions}\n{to_yaml(recipe)}")
+
+
+def _build_trainer(source: str, recipe: Recipe, folder: Path, progress_bar: bool) -> Trainer:
+    reproducibility.seed_all(recipe.seed)
+    train_data = build.build_data(source, recipe, "train_dataloader", training=True)
+    eval_data = build.build_data(source, recipe, "eval_dataloader", training=False)
+    model = build.build_model(recipe)
+    arguments = {name: getattr(recipe, name) for name in _PASSED}
+    return Trainer(
+        model=model,
+        train_dataloader=train_data,
+        eval_dataloader=eval_data,
+        optimizers=build.build_optimizer(recipe, model),
+        schedulers=build.build_scheduler(recipe),
+        algorithms=build.build_algorithms(recipe),
+        callbacks=[*build.build_callbacks(recipe), *_own_callbacks(recipe, model, folder)],
+        loggers=[RunLog(folder / run_folder.METRICS), *build.build_loggers(recipe)],
+        save_filename=run_folder.CHECKPOINT_FORMAT,
+        save_latest_filename=run_folder.LATEST_FORMAT,
+        **arguments | {"progress_bar": progress_bar},
+    )
+
+
+def _own_callbacks(recipe: Recipe, model: ComposerModel, folder: Path) -> list[Any]:
+    callbacks: list[Any] = [] if "LRMonitor" in (recipe.callbacks or {}) else [LRMonitor()]
+    monitor = recipe.monitor or default_monitor(model.get_metrics(is_train=False))
+    if recipe.eval_dataloader is not None and monitor is not None:
+        callbacks.append(BestCheckpoint(folder / run_folder.BEST, monitor))
+    return callbacks
+
+
+def _is_complete(trainer: Trainer) -> bool:
+    duration = trainer.state.max_duration
+    assert duration is not None
+    return trainer.state.timestamp.get(duration.unit) >= duration
+
+
+def _report(trainer: Trainer, folder: Path) -> None:
+    """Draw the curves and print the table that ends a run."""
+    rows = report.read_metrics(folder / run_folder.METRICS)
+    report.draw_curves(rows, folder / run_folder.CURVES, folder.name)
+    metrics = trainer.state.model.get_metrics(is_train=False)  # pyright: ignore
+    table = report.summary_table(rows, {name: metric.higher_is_better for name, metric in metrics.items()})
+    print(report.format_table(("metric", "last", "best", "best epoch"), table))
+    throughput = report.images_per_second(rows)
+    latest = run_folder.latest_checkpoint(folder)
+    print(f"\nimages/s     {throughput:.0f}" if throughput else "")
+    print(f"run folder   {folder}")
+    print(f"checkpoints  last {latest.name if latest else '-'}, best {run_folder.BEST}")
+    print(f"also there   {run_folder.RECIPE}, {run_folder.METRICS}, {run_folder.CURVES}, {run_folder.LOG}")
+
+
+@contextmanager
+def _logging_to(path: Path, *, epochs_on_screen: bool) -> Iterator[None]:
+    """Send our log lines, and warnings of everything else, to a file and to the screen while a run lasts."""
+    root, ours = logging.getLogger(), logging.getLogger("ws_algorithm")
+    level = ours.level
+    handlers: list[logging.Handler] = []
+    if dist.get_global_rank() == 0:
+        handlers = [logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()]
+        handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers[1].addFilter(lambda record: epochs_on_screen or record.name != RunLog.__module__)
+    for handler in handlers:
+        handler.addFilter(lambda record: record.name.startswith("ws_algorithm") or record.levelno >= logging.WARNING)
+        root.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
