@@ -81,8 +81,9 @@ def standardize_weight(weight: Tensor, formula: str | Formula = "composer") -> T
     .. math:: \hat{W}_{o} = (W_{o} - \mu_{o}) / s_{o}
 
     with the mean :math:`\mu` and the scale :math:`s` of :class:`Formula` over all dimensions but the first.
-    Differentiable to second order. Statistics are computed in float32 for float16 and bfloat16 weights (an ``eps`` of 1e-10 is 0 in
-    float16) and in the weight's own precision otherwise. A row of one weight, or of equal weights, becomes 0.
+    Differentiable to second order. Statistics are computed in float32 for float16 and bfloat16 weights (an ``eps`` of
+    1e-10 is 0 in float16) and in the weight's own precision otherwise. A row of one weight, or of equal weights,
+    becomes 0.
 
     Args:
         weight: Shape ``(out_channels, in_channels / groups, *kernel_size)``; any number of dimensions from 2 on.

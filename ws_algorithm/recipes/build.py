@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,3 +79,14 @@ def _build(names: registry.Registry, block: dict[str, Any], **supplied: Any) -> 
     converted, errors = check_arguments(builder, arguments, supplied)
     assert not errors, f"a resolved recipe has no mistakes, found {errors}"
     return builder(**converted, **supplied)
+
+
+@contextmanager
+def cpu_threads(recipe: Recipe) -> Iterator[None]:
+    """Let one operation use as many CPU threads as the recipe says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(recipe.num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -10,7 +10,7 @@ from composer.utils import dist, get_device, reproducibility
 
 from ws_algorithm.recipes import build, report, run_folder
 from ws_algorithm.recipes.resolve import resolve_recipe
-from ws_algorithm.recipes.schema import RecipeError
+from ws_algorithm.recipes.schema import Recipe, RecipeError
 
 
 def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -39,8 +39,18 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
         errors.append(
             "`load_path`: missing. Name the checkpoint to evaluate, or the folder of a run instead of a recipe."
         )
-    if errors:
+    if errors or checkpoint is None:
         raise RecipeError(source, errors)
+    with build.cpu_threads(recipe):
+        values = _evaluate(source, recipe, checkpoint)
+    if dist.get_global_rank() == 0:
+        rows: list[tuple[str, ...]] = [(name, f"{value:.4f}") for name, value in values.items()]
+        print(report.format_table(("metric", "value"), rows))
+        print(f"\ncheckpoint  {checkpoint}")
+    return values
+
+
+def _evaluate(source: str, recipe: Recipe, checkpoint: str) -> dict[str, float]:
     reproducibility.seed_all(recipe.seed)
     model = build.build_model(recipe)
     trainer = Trainer(
@@ -57,13 +67,8 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
         progress_bar=False,
     )
     trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
-    values = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     trainer.close()
-    if dist.get_global_rank() == 0:
-        rows: list[tuple[str, ...]] = [(name, f"{value:.4f}") for name, value in values.items()]
-        print(report.format_table(("metric", "value"), rows))
-        print(f"\ncheckpoint  {checkpoint}")
-    return values
+    return {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
 
 
 def _checkpoint_of(source: str, folder: Path) -> Path:

@@ -22,19 +22,21 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def summary_table(rows: list[Row], higher_is_better: dict[str, bool | None]) -> list[tuple[str, str, str, str]]:
-    """Per evaluation metric: its name, last value, best value and the epoch of the best.
+    """Training loss over the last epoch, and evaluation metrics: name, last value, best value, epoch of the best.
 
     Args:
         rows: What :func:`read_metrics` returns.
         higher_is_better: By metric; for ``None`` or a metric that is not there lower is better, as for a loss.
     """
     table = []
+    losses = [row[_LOSS] for row in rows if _LOSS in row and row["epoch"] > rows[-1]["epoch"] - 1]
+    if losses:
+        table.append(("train loss", f"{sum(losses) / len(losses):.4f}", "", ""))
     for name in _names(rows, _EVAL):
         series = [(row["epoch"], row[name]) for row in rows if name in row]
-        short = name.removeprefix(_EVAL)
-        pick = max if higher_is_better.get(short) else min
+        pick = max if higher_is_better.get(_label(name)) else min
         best_epoch, best = pick(series, key=lambda point: point[1])
-        table.append((short, f"{series[-1][1]:.4f}", f"{best:.4f}", f"{best_epoch:g}"))
+        table.append((_label(name), f"{series[-1][1]:.4f}", f"{best:.4f}", f"{best_epoch:g}"))
     return table
 
 
@@ -64,10 +66,8 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [("train loss", [_LOSS])]
-    panels += [(name.removeprefix(_EVAL), [name]) for name in _names(rows, _EVAL)]
-    panels += [("learning rate", _names(rows, "lr-"))]
-    panels = [(label, names) for label, names in panels if any(name in row for row in rows for name in names)]
+    panels = [(_label(name), [name]) for prefix in (_LOSS, _EVAL) for name in _names(rows, prefix)]
+    panels += [("learning rate", names) for names in [_names(rows, "lr-")] if names]
     figure = Figure(figsize=(4.2 * max(len(panels), 1), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -98,6 +98,10 @@ def _running_mean(values: list[float], window: int) -> list[float]:
         recent = values[max(0, end - window) : end]
         means.append(sum(recent) / len(recent))
     return means
+
+
+def _label(name: str) -> str:
+    return "train loss" if name == _LOSS else name.removeprefix(_EVAL)
 
 
 def _names(rows: list[Row], prefix: str) -> list[str]:

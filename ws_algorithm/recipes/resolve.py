@@ -145,6 +145,8 @@ def _check_values(recipe: Recipe) -> list[str]:
         value, valid = getattr(recipe, key), [choice.value for choice in choices]
         if value is not None and value.lower() not in valid:
             errors.append(f"`{key}`: unknown value {value!r}.{did_you_mean(value, valid)}")
+    if recipe.num_threads is not None and recipe.num_threads < 1:
+        errors.append(f"`num_threads` (={recipe.num_threads}) must be at least 1, or null to let torch decide.")
     if recipe.save_num_checkpoints_to_keep == 0:
         errors.append(
             "`save_num_checkpoints_to_keep` (=0) must be at least 1, or -1 to keep all: nothing could resume."

@@ -131,7 +131,7 @@ def _folder(save_folder: str, run_name: str) -> Path:
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (RECIPE, METRICS, BEST)) or bool(_checkpoints(folder))
+    return any((folder / name).exists() for name in (METRICS, BEST)) or bool(_checkpoints(folder))
 
 
 def _checkpoints(folder: Path) -> list[Path]:

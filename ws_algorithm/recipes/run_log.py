@@ -29,7 +29,7 @@ class RunLog(LoggerDestination):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[str] | None = None
-        self._state: State | None = None
+        self._batches_per_epoch = 0
         self._pending: dict[str, float] = {}
         self._latest: dict[str, float] = {}
         self._losses: list[float] = []
@@ -38,9 +38,11 @@ class RunLog(LoggerDestination):
         self._pending |= {name: float(value) for name, value in metrics.items() if not name.startswith("time/")}
 
     def init(self, state: State, logger: Logger) -> None:
-        self._state = state
+        if dist.get_global_rank() == 0:
+            self.path.touch()
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        self._batches_per_epoch = int(state.dataloader_len or 0)  # later, during evaluation, it is that of other data
         if dist.get_global_rank() == 0:
             remove_lines_after(self.path, int(state.timestamp.batch))
             self._file = self.path.open("a", encoding="utf-8")
@@ -57,12 +59,9 @@ class RunLog(LoggerDestination):
         self._write(state)
         self._say(state)
 
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self._write(state)
+    def close(self, state: State, logger: Logger) -> None:
         if self._losses:  # training ended inside an epoch
             self._say(state)
-
-    def close(self, state: State, logger: Logger) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -70,12 +69,12 @@ class RunLog(LoggerDestination):
     def _write(self, state: State) -> None:
         self._latest |= self._pending
         if self._file is not None and self._pending:
-            self._file.write(json.dumps(_position(state) | self._pending) + "\n")
+            self._file.write(json.dumps(self._position(state) | self._pending) + "\n")
             self._file.flush()
         self._pending = {}
 
     def _say(self, state: State) -> None:
-        position = _position(state)
+        position = self._position(state)
         duration = state.max_duration
         total = f"/{duration.value}" if duration is not None and duration.unit == TimeUnit.EPOCH else ""
         words = [f"train loss {sum(self._losses) / len(self._losses):.4f}"] if self._losses else []
@@ -85,17 +84,15 @@ class RunLog(LoggerDestination):
         log.info("epoch %g%s, batch %d: %s", round(position["epoch"], 2), total, position["batch"], ", ".join(words))
         self._losses = []
 
-
-def _position(state: State) -> dict[str, Any]:
-    timestamp = state.timestamp
-    length = state.dataloader_len
-    fraction = int(timestamp.batch_in_epoch) / int(length) if length is not None and int(length) else 0.0
-    return {
-        "epoch": round(int(timestamp.epoch) + fraction, 6),
-        "batch": int(timestamp.batch),
-        "sample": int(timestamp.sample),
-        "seconds": round(timestamp.total_wct.total_seconds(), 3),
-    }
+    def _position(self, state: State) -> dict[str, Any]:
+        timestamp = state.timestamp
+        fraction = int(timestamp.batch_in_epoch) / self._batches_per_epoch if self._batches_per_epoch else 0.0
+        return {
+            "epoch": round(int(timestamp.epoch) + fraction, 6),
+            "batch": int(timestamp.batch),
+            "sample": int(timestamp.sample),
+            "seconds": round(timestamp.total_wct.total_seconds(), 3),
+        }
 
 
 def remove_lines_after(path: Path, batch: int) -> None:

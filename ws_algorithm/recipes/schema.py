@@ -36,6 +36,7 @@ class Recipe:
         train_dataloader: ``{name: <builder>, ...}``.
         eval_dataloader: ``{name: <builder>, ...}``; ``None`` trains without evaluation.
         root: Where data sets are; for ``${root}`` in the dataloader blocks.
+        download: Whether data sets may be downloaded; for ``${download}`` in the dataloader blocks.
         global_train_batch_size: Images per optimizer step, over all devices.
         device_train_microbatch_size: Images per forward and backward on one device, or ``"auto"``; ``None``: all.
         global_eval_batch_size: Images per evaluation batch, over all devices; ``None``: as in training.
@@ -44,6 +45,7 @@ class Recipe:
         algorithms: ``{<class>: {<argument>: <value>, ...}, ...}``; ``null``: none.
         callbacks: Likewise.
         loggers: Likewise.
+        num_threads: CPU threads of one operation; ``None``: as torch decides. For small images one is fastest.
         monitor: The evaluation metric that decides which checkpoint is best; ``None``: the last one of the model.
         save_folder: The one folder of the run; ``{run_name}`` in it is replaced.
     """
@@ -52,6 +54,7 @@ class Recipe:
     train_dataloader: dict[str, Any] = MISSING
     eval_dataloader: dict[str, Any] | None = None
     root: str | None = None
+    download: bool = False
     max_duration: int | str = MISSING
 
     global_train_batch_size: int = MISSING
@@ -66,6 +69,7 @@ class Recipe:
 
     precision: str | None = None
     device: Literal["cpu", "gpu", "mps", "tpu"] | None = None
+    num_threads: int | None = None
     seed: int = 0
     deterministic_mode: bool = False
     scale_schedule_ratio: float = 1.0

@@ -15,6 +15,7 @@ import composer
 import torch
 from composer import Trainer
 from composer.callbacks import LRMonitor
+from composer.core import DataSpec
 from composer.models import ComposerModel
 from composer.utils import dist, get_device, reproducibility
 
@@ -60,11 +61,15 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
     """
     recipe = resolve_recipe(source, overrides)
     dist.initialize_dist(get_device(recipe.device), timeout=recipe.dist_timeout)
+    data = [
+        build.build_data(source, recipe, "train_dataloader", training=True),
+        build.build_data(source, recipe, "eval_dataloader", training=False),
+    ]
     recipe, folder = _open_run_folder(source, recipe)
     progress_bar = sys.stderr.isatty() if recipe.progress_bar is None else recipe.progress_bar
-    with _logging_to(folder / run_folder.LOG, epochs_on_screen=not progress_bar):
+    with build.cpu_threads(recipe), _logging_to(folder / run_folder.LOG, epochs_on_screen=not progress_bar):
         _keep_recipe(recipe, folder)
-        trainer = _build_trainer(source, recipe, folder, progress_bar)
+        trainer = _build_trainer(recipe, folder, data, progress_bar)
         if _is_complete(trainer):
             log.info("%s is already trained for %s; nothing is left to do.", folder, recipe.max_duration)
         else:
@@ -127,16 +132,14 @@ def _keep_recipe(recipe: Recipe, folder: Path) -> None:
     run_folder.write_atomically(path, f"# {recipe.run_name}: resolved recipe; {versions}\n{to_yaml(recipe)}")
 
 
-def _build_trainer(source: str, recipe: Recipe, folder: Path, progress_bar: bool) -> Trainer:
+def _build_trainer(recipe: Recipe, folder: Path, data: list[DataSpec | None], progress_bar: bool) -> Trainer:
     reproducibility.seed_all(recipe.seed)
-    train_data = build.build_data(source, recipe, "train_dataloader", training=True)
-    eval_data = build.build_data(source, recipe, "eval_dataloader", training=False)
     model = build.build_model(recipe)
     arguments = {name: getattr(recipe, name) for name in _PASSED}
     return Trainer(
         model=model,
-        train_dataloader=train_data,
-        eval_dataloader=eval_data,
+        train_dataloader=data[0],
+        eval_dataloader=data[1],
         optimizers=build.build_optimizer(recipe, model),
         schedulers=build.build_scheduler(recipe),
         algorithms=build.build_algorithms(recipe),
@@ -166,14 +169,15 @@ def _report(trainer: Trainer, folder: Path) -> None:
     """Draw the curves and print the table that ends a run."""
     rows = report.read_metrics(folder / run_folder.METRICS)
     report.draw_curves(rows, folder / run_folder.CURVES, folder.name)
-    metrics = trainer.state.model.get_metrics(is_train=False)  # pyright: ignore
-    table = report.summary_table(rows, {name: metric.higher_is_better for name, metric in metrics.items()})
+    evaluated = [metric for metrics in trainer.state.eval_metrics.values() for metric in metrics.items()]
+    table = report.summary_table(rows, {name: metric.higher_is_better for name, metric in evaluated})
     print(report.format_table(("metric", "last", "best", "best epoch"), table))
     throughput = report.images_per_second(rows)
     latest = run_folder.latest_checkpoint(folder)
-    print(f"\nimages/s     {throughput:.0f}" if throughput else "")
+    best = folder / run_folder.BEST
+    print(f"\nimages/s     {f'{throughput:.0f}' if throughput else '-'}")
     print(f"run folder   {folder}")
-    print(f"checkpoints  last {latest.name if latest else '-'}, best {run_folder.BEST}")
+    print(f"checkpoints  last {latest.name if latest else '-'}, best {best.name if best.exists() else '-'}")
     print(f"also there   {run_folder.RECIPE}, {run_folder.METRICS}, {run_folder.CURVES}, {run_folder.LOG}")
 
 
