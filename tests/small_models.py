@@ -1,6 +1,7 @@
 """Convolutions of every kind, and models of a few of them whose order of execution is spelled out."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,11 @@ class Net(nn.Module):
         return x
 
 
-def conv(cls: type[nn.Module] = nn.Conv2d) -> nn.Module:
+def conv(cls: Any = nn.Conv2d) -> Any:
     return cls(2, 2, 3, padding=1)
 
 
-def defined_in_reverse(call: Callable | None = None) -> Net:
+def defined_in_reverse(call: Callable | None = None) -> Any:
     return Net({"head": conv(), "body": conv(), "stem": conv()}, ["stem", "body", "head"], call)
 
 
@@ -43,7 +44,7 @@ class OnesConv(nn.Conv2d):
         self.weight.data.mul_(3)
 
 
-KINDS = {
+KINDS: dict[str, Callable[[], Any]] = {
     "Conv1d": lambda: nn.Conv1d(4, 6, 3),
     "Conv2d": lambda: nn.Conv2d(4, 6, 3),
     "Conv3d": lambda: nn.Conv3d(4, 6, 3),
@@ -53,7 +54,7 @@ KINDS = {
 }
 
 
-def standardized(build: Callable[[], nn.Module] = KINDS["Conv2d"]) -> nn.Module:
+def standardized(build: Callable[[], Any] = KINDS["Conv2d"]) -> Any:
     conv = build()
     register_weight_standardizer(conv)
     return conv

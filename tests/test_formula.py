@@ -1,5 +1,7 @@
 """The formulas against an oracle in float64 that is written out here once more."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -80,7 +82,7 @@ def test_an_own_formula():
 @pytest.mark.parametrize("shape", FAN_IN_1, ids=str)
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_row_of_one_weight_becomes_zero(name, shape, dtype):
-    weight = torch.randn(shape).to(dtype).requires_grad_()
+    weight: Any = torch.randn(shape).to(dtype).requires_grad_()
 
     standardized = standardize_weight(weight, name)
     standardized.backward(torch.ones_like(standardized))

@@ -1,7 +1,8 @@
 """Standardizing a whole model and taking it off again."""
 
-import copy
 import logging
+import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from composer.functional import apply_weight_standardization as composers_apply
 from small_models import Net, conv, defined_in_reverse
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from ws_algorithm import (
     FORMULAS,
@@ -22,23 +24,20 @@ from ws_algorithm import (
 )
 
 
-def small_model() -> nn.Sequential:
+def small_model() -> Any:
     block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU())
-    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), block, nn.ConvTranspose2d(8, 4, 2), conv4())
-
-
-def conv4() -> nn.Module:
-    return nn.Conv2d(4, 3, 1)
+    head = nn.Conv2d(4, 3, 1)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), block, nn.ConvTranspose2d(8, 4, 2), head)
 
 
 def standardized_names(model: nn.Module) -> list[str]:
-    """Of leaves of the module tree as it was before: the layers that carry the weight."""
-    return [name for name, m in model.named_modules() if hasattr(m, "parametrizations") and is_weight_standardized(m)]
+    return [name for name, layer in model.named_modules() if parametrize.is_parametrized(layer, "weight")]
 
 
 def everything(model: nn.Module) -> tuple:
-    tensors = {key: (id(t), t._version) for key, t in model.state_dict(keep_vars=True).items()}
-    return tensors, [(name, type(m), m.training) for name, m in model.named_modules()]
+    tensors = model.state_dict(keep_vars=True).items()
+    values = [(key, id(t), None if is_lazy(t) else t.tolist()) for key, t in tensors]
+    return values, [(name, type(m), m.training) for name, m in model.named_modules()]
 
 
 def test_apply_counts_and_is_idempotent():
@@ -105,7 +104,7 @@ def test_the_model_itself():
     assert apply_weight_standardization(model, 1) == 0 and not is_weight_standardized(model)
 
 
-@pytest.mark.parametrize("n", [-1, True, False, 1.0, 1.5, None, "1", float("nan"), [1], np.bool_(True)], ids=repr)
+@pytest.mark.parametrize("n", [-1, True, False, 1.0, 1.5, None, "1", float("nan"), [1]], ids=repr)
 def test_bad_counts(n):
     model = small_model()
     before = everything(model)
@@ -155,7 +154,8 @@ def test_a_script_module(function, compile):
 
 
 def lazy() -> nn.Module:
-    with pytest.warns(UserWarning, match="Lazy modules are a new feature"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Lazy modules are a new feature")  # some versions of torch
         return nn.LazyConv2d(2, 3)
 
 
@@ -186,7 +186,7 @@ def quantized() -> nn.Module:
         (pruned, r"convolution, '1\.0', .*prune\.remove"),
         (old_weight_norm, r"convolution, '1\.0', .*remove_weight_norm"),
         (old_spectral_norm, r"convolution, '1\.0', .*remove_spectral_norm"),
-        (quantized, r"must be floating-point, got torch\.int8"),
+        (quantized, r"torch\.int8"),
     ],
 )
 def test_convolutions_that_cannot_be_standardized(build, message, n):
@@ -247,30 +247,21 @@ def test_log(caplog):
     caplog.set_level(logging.INFO, logger="ws_algorithm")
     model = Net({"head": conv(), "a": nn.Conv2d(2, 2, 1, groups=2), "b": conv(), "c": conv()}, ["a", "b", "c", "head"])
     fan_in_1 = "a (fan-in 1: the standardized weight would be 0)"
-    prefix = "Weight Standardization: "
+
+    def line(count: str, model: str, left_alone: str) -> str:
+        return f"Weight Standardization: {count} convolutions of {model} standardized; left alone: {left_alone}."
 
     apply_weight_standardization(model, 5)
-    ignored = "b, c, head (n_last_layers_ignore=5)"
-    assert messages(caplog) == [
-        ("WARNING", f"{prefix}0 of 4 convolutions of Net standardized; left alone: {fan_in_1}; {ignored}.")
-    ]
+    assert messages(caplog) == [("WARNING", line("0 of 4", "Net", f"{fan_in_1}; b, c, head (n_last_layers_ignore=5)"))]
     apply_weight_standardization(model, 2)
-    ignored = "c, head (n_last_layers_ignore=2)"
-    assert messages(caplog) == [
-        ("INFO", f"{prefix}1 of 4 convolutions of Net standardized; left alone: {fan_in_1}; {ignored}.")
-    ]
+    assert messages(caplog) == [("INFO", line("1 of 4", "Net", f"{fan_in_1}; c, head (n_last_layers_ignore=2)"))]
     apply_weight_standardization(model)
-    assert messages(caplog) == [
-        (
-            "INFO",
-            f"{prefix}2 of 4 convolutions of Net standardized; left alone: {fan_in_1}; b (already standardized).".replace(
-                f"{fan_in_1}; b (already standardized)", f"{fan_in_1}; b (already standardized)"
-            ),
-        )
-    ]
+    assert messages(caplog) == [("INFO", line("2 of 4", "Net", f"{fan_in_1}; b (already standardized)"))]
+    apply_weight_standardization(conv(), 1)
+    assert messages(caplog) == [("WARNING", line("0 of 1", "Conv2d", "(the model itself) (n_last_layers_ignore=1)"))]
     apply_weight_standardization(nn.Linear(2, 2))
-    assert messages(caplog) == [("WARNING", f"{prefix}0 of 0 convolutions of Linear standardized; left alone: none.")]
+    assert messages(caplog) == [("WARNING", line("0 of 0", "Linear", "none"))]
     remove_weight_standardization(nn.Linear(2, 2))
-    fold_weight_standardization(copy.deepcopy(nn.Linear(2, 2)))
+    fold_weight_standardization(nn.Linear(2, 2))
     nothing = ("WARNING", "Linear has no standardized layer; nothing was removed or folded.")
     assert messages(caplog) == [nothing, nothing]

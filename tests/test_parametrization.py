@@ -1,6 +1,7 @@
 """The life of one standardized convolution, from registration to removal."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_whole_life(build):
 
 
 def test_an_optimizer_from_before_trains_the_same_as_one_from_after():
-    before, after = nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3)
+    before, after = KINDS["Conv2d"](), KINDS["Conv2d"]()
     after.load_state_dict(before.state_dict())
     optimizers = [torch.optim.SGD(before.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)]
     register_weight_standardizer(before)
@@ -120,19 +121,25 @@ def test_the_mode_of_the_convolution_is_that_of_all_its_parts(training):
     assert {module.training for module in conv.modules()} == {training}
 
 
-def test_beside_another_parametrization():
-    conv = parametrizations.weight_norm(nn.Conv2d(4, 6, 3))
-    keys, weight = list(conv.state_dict()), conv.weight.detach()
+def test_beside_another_parametrization_torchs_own_rules_hold():
+    conv: Any = parametrizations.weight_norm(nn.Conv2d(4, 6, 3))
+    plain, keys, weight = nn.Conv2d(4, 6, 3), list(conv.state_dict()), conv.weight.detach()
 
     register_weight_standardizer(conv)
 
+    cls = type(conv)
     assert list(conv.state_dict()) == keys
     assert_close(conv.weight, standardize_weight(weight))
     with pytest.raises(ValueError, match="other parametrizations.*_WeightNorm"):
         unregister_weight_standardizer(conv)
-    assert is_weight_standardized(conv)
+    with pytest.raises(RuntimeError, match=r'original0[\s\S]*Unexpected key.*"weight"'):
+        conv.load_state_dict(plain.state_dict())
     conv.load_state_dict(conv.state_dict())
+    conv.reset_parameters()
     assert_close(conv.weight, standardize_weight(weight))
+    conv.weight = plain.weight.detach()  # through the inverse of weight_norm
+    assert_close(conv.weight, standardize_weight(plain.weight))
+    assert type(conv) is cls and is_weight_standardized(conv)
 
 
 def test_a_parametrized_bias_stays():
@@ -140,7 +147,7 @@ def test_a_parametrized_bias_stays():
         def forward(self, x: Tensor) -> Tensor:
             return 2 * x
 
-    conv = parametrize.register_parametrization(nn.Conv2d(4, 6, 3), "bias", Doubled())
+    conv: Any = parametrize.register_parametrization(nn.Conv2d(4, 6, 3), "bias", Doubled())
     bias, keys, images = conv.bias, list(conv.state_dict()), torch.randn(1, 4, 8, 8)
     before = conv(images)
 

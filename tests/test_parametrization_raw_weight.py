@@ -209,3 +209,15 @@ def test_memory_format():
 
     assert raw_weight(conv).is_contiguous(memory_format=torch.channels_last)
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_functional_call_with_plain_names_does_not_change_the_model():
+    conv = standardized()
+    raw = raw_weight(conv).detach().clone()
+
+    try:
+        torch.func.functional_call(conv, {"weight": torch.randn(6, 4, 3, 3)}, torch.randn(1, 4, 5, 5))
+    except (KeyError, ValueError):
+        pass  # a refusal would do
+
+    assert torch.equal(raw_weight(conv), raw)

@@ -20,10 +20,10 @@ class PlainSubclass(nn.Conv2d):
 
 
 class SubclassWithForward(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] > 1 and float(x.mean()) > 0:  # not traceable, and it need not be
-            x = x + 1
-        return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if float(input.mean()) > 0:  # not traceable, and it need not be
+            input = input + 1
+        return super().forward(input)
 
 
 def names(model: nn.Module, n_last_layers_ignore: int) -> list[str]:

@@ -51,7 +51,7 @@ def everything(model: nn.Module) -> dict:
         "attributes": {name: dict.fromkeys(vars(module)) for name, module in model.named_modules()},
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),
-        "numpy": np.random.get_state()[1].tolist(),
+        "numpy": str(np.random.get_state(legacy=False)),
     }
 
 

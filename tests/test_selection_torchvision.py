@@ -43,7 +43,7 @@ def names_in_executed_order(model: nn.Module) -> list[str]:
     model(torch.empty(2, 3, 224, 224, device="meta"))
     for hook in hooks:
         hook.remove()
-    return sorted(calls, key=calls.get)
+    return sorted(calls, key=lambda name: calls[name])
 
 
 @pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))

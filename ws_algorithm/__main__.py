@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for mistakes in a recipe or in the command, 130 if interrupted."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     from ws_algorithm.recipes.schema import RecipeError
 
     try:
@@ -23,6 +23,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ninterrupted; the same command with autoresume=true continues the run", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; overrides may stand on either side of an option, which argparse alone does not allow."""
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    unknown = [other for other in others if other.startswith("-") or "overrides" not in options]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if others:
+        options.overrides += others
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

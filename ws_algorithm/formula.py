@@ -40,8 +40,10 @@ class Formula:
     unbiased: bool
 
     def __post_init__(self) -> None:
-        if not self.eps > 0:
-            raise ValueError(f"`eps` (={self.eps!r}) must be positive; a constant filter would divide by zero.")
+        if not isinstance(self.eps, (int, float)) or not self.eps > 0:
+            raise ValueError(
+                f"`eps` (={self.eps!r}) must be positive and a number: with 0, a constant filter would divide by zero."
+            )
 
 
 FORMULAS: dict[str, Formula] = {

@@ -11,6 +11,7 @@ In plain words, after :func:`register_weight_standardizer` ``conv``:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,7 @@ class WeightStandardizer(nn.Module):
 def register_weight_standardizer(conv: nn.Module, formula: str | Formula = "composer") -> None:
     """Standardize the weight of one convolution from now on."""
     parametrize.register_parametrization(conv, "weight", WeightStandardizer(formula))
+    conv.train(conv.training)  # its new parts start in training mode, whatever its own
     injected = type(conv)
     for name, method in _raw_weight_methods(injected.__bases__[0]).items():
         setattr(injected, name, method)
@@ -78,7 +80,8 @@ def unregister_weight_standardizer(conv: nn.Module) -> nn.Parameter:
     # A deep copy shares the injected class with its original, and torch deletes the property from the class
     injected = type(conv)
     kept = {name: value for name, value in vars(injected).items() if name not in _raw_weight_methods(injected)}
-    conv.__class__ = type(injected.__name__, injected.__bases__, kept)
+    own_class: Any = type(injected.__name__, injected.__bases__, kept)
+    conv.__class__ = own_class
     parametrize.remove_parametrizations(conv, "weight", leave_parametrized=False)
     for name in [name for name in conv._parameters if name != "weight"]:
         conv._parameters[name] = conv._parameters.pop(name)  # weight first again: the order of keys and parameters
@@ -94,6 +97,11 @@ def check_removable(conv: nn.Module) -> None:
         raise ValueError(
             f"`module` has a convolution whose weight carries other parametrizations beside the standardization: "
             f"{', '.join(others)}. Remove them all with torch.nn.utils.parametrize.remove_parametrizations."
+        )
+    if "weight" not in vars(type(conv)):
+        raise ValueError(
+            f"`module` has a convolution whose class was replaced by {type(conv).__name__} after it was standardized, "
+            "as fully_shard does. Undo that first, or load the full state dict into a model that is not wrapped."
         )
 
 
@@ -128,6 +136,18 @@ def _assign_raw_weight(conv: nn.Module, value: Any) -> None:
             raw.copy_(value)
 
 
+def _refuse_functional_call() -> None:
+    """Raise ``ValueError`` where ``functional_call`` assigns ``weight``.
+
+    It would assign a second time to restore the standardized weight that it found, and the raw weight would be lost.
+    """
+    if sys._getframe(2).f_globals.get("__name__") == "torch.nn.utils._named_member_accessor":
+        raise ValueError(
+            "`functional_call` got a standardized convolution's 'weight'; pass the raw weight, under the name that "
+            "named_parameters() gives it: 'parametrizations.weight.original'."
+        )
+
+
 def _raw_weight_methods(base: Any) -> dict[str, Callable[..., Any]]:
     """Methods for the class that ``torch.nn.utils.parametrize`` injects above `base`, the class of the convolution.
 
@@ -137,6 +157,7 @@ def _raw_weight_methods(base: Any) -> dict[str, Callable[..., Any]]:
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name == "weight" and _holds_raw_weight(self):
+            _refuse_functional_call()
             _assign_raw_weight(self, value)
         else:
             base.__setattr__(self, name, value)

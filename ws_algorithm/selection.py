@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def _check_standardizable(name: str, conv: nn.Module) -> None:
             "and the old-style weight_norm and spectral_norm of torch.nn.utils do. Remove that first (prune.remove, "
             "remove_weight_norm, remove_spectral_norm) or use torch.nn.utils.parametrizations."
         )
-    if isinstance(weight, UninitializedTensorMixin):
+    if isinstance(weight, UninitializedParameter):
         raise ValueError(
             f"`module` has a lazy convolution, {name!r}, without a weight yet. Run one batch through the model first."
         )
@@ -201,7 +201,7 @@ def _only_child_with(module: nn.Module, convolutions: set[nn.Module]) -> nn.Modu
 def _trace_last_uses(module: nn.Module) -> dict[nn.Module, int]:
     shadow = _without_data(module)
     original_of = dict(zip(shadow.modules(), module.modules(), strict=True))
-    with _random_states_restored():
+    with _fixed_random_states():
         graph = _ConvolutionTracer().trace(shadow)
     modules = dict(shadow.named_modules(remove_duplicate=False))
     owners = {id(p): m for m in shadow.modules() if isinstance(m, CONVOLUTIONS) for p in m.parameters()}
@@ -225,14 +225,18 @@ class _ConvolutionTracer(fx.Tracer):
 
 
 def _without_data(module: nn.Module) -> nn.Module:
-    """A copy of a model with all parameters and buffers on the meta device."""
+    """A copy of a model without hooks and with all parameters and buffers on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         meta = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(module, memo)
+    shadow = copy.deepcopy(module, memo)
+    for part in shadow.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return shadow
 
 
 def _attribute(module: nn.Module, qualified_name: str) -> Any:
@@ -243,14 +247,21 @@ def _attribute(module: nn.Module, qualified_name: str) -> Any:
 
 
 @contextmanager
-def _random_states_restored() -> Iterator[None]:
-    """Undo what a traced forward draws from torch's, Python's and NumPy's global generators."""
+def _fixed_random_states() -> Iterator[None]:
+    """Let torch's, Python's and NumPy's global generators draw the same in every process, and restore them after.
+
+    A forward that draws at random (stochastic depth) would otherwise be traced differently in every rank.
+    """
     numpy_random = getattr(sys.modules.get("numpy"), "random", None)
     numpy_state = numpy_random.get_state() if numpy_random is not None else None
     python_state = random.getstate()
     cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=cuda_devices):
+            torch.default_generator.manual_seed(0)
+            random.seed(0)
+            if numpy_random is not None:
+                numpy_random.seed(0)
             yield
     finally:
         random.setstate(python_state)

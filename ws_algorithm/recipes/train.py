@@ -135,7 +135,7 @@ def _keep_recipe(recipe: Recipe, folder: Path) -> None:
 def _build_trainer(recipe: Recipe, folder: Path, data: list[DataSpec | None], progress_bar: bool) -> Trainer:
     reproducibility.seed_all(recipe.seed)
     model = build.build_model(recipe)
-    arguments = {name: getattr(recipe, name) for name in _PASSED}
+    arguments: dict[str, Any] = {name: getattr(recipe, name) for name in _PASSED} | {"progress_bar": progress_bar}
     return Trainer(
         model=model,
         train_dataloader=data[0],
@@ -147,7 +147,7 @@ def _build_trainer(recipe: Recipe, folder: Path, data: list[DataSpec | None], pr
         loggers=[RunLog(folder / run_folder.METRICS), *build.build_loggers(recipe)],
         save_filename=run_folder.CHECKPOINT_FORMAT,
         save_latest_filename=run_folder.LATEST_FORMAT,
-        **arguments | {"progress_bar": progress_bar},
+        **arguments,
     )
 
 
