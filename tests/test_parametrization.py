@@ -98,18 +98,16 @@ def test_ending_one_of_two_deep_copies_leaves_the_other_intact(build, end, which
 
 
 @pytest.mark.parametrize("end", [fold_weight_standardization, remove_weight_standardization])
-def test_a_class_put_in_front_is_refused_or_kept_at_the_end(end):
-    """Both would do; what must not happen is an error from within, or an error that leaves traces."""
-    conv = standardized()
-    put_a_class_in_front(conv)
-    cls, keys = type(conv), list(conv.state_dict())
+def test_a_class_put_in_front_is_refused_at_the_end(end):
+    model = nn.Sequential(standardized(), standardized())
+    put_a_class_in_front(model[1])
+    classes, state_dict = [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
 
-    try:
-        end(conv)
-    except ValueError:
-        assert type(conv) is cls and list(conv.state_dict()) == keys
-    else:
-        assert type(conv).__mro__[1].__name__ == "Mixin" and list(conv.state_dict()) == ["weight", "bias"]
+    with pytest.raises(ValueError, match="class was replaced by FSDPParametrizedConv2d"):
+        end(model)
+
+    assert [type(m) for m in model.modules()] == classes
+    assert_close(model.state_dict(), state_dict, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -119,6 +117,15 @@ def test_the_mode_of_the_convolution_is_that_of_all_its_parts(training):
     register_weight_standardizer(conv)
 
     assert {module.training for module in conv.modules()} == {training}
+
+
+def test_the_mode_of_a_part_that_was_there_before_stays():
+    conv = KINDS["Conv2d"]()
+    conv.norm = nn.BatchNorm2d(6).eval()  # frozen, inside a layer in training mode
+
+    register_weight_standardizer(conv)
+
+    assert conv.training and not conv.norm.training
 
 
 def test_beside_another_parametrization_torchs_own_rules_hold():

@@ -1,9 +1,12 @@
 """What sets the weight of a standardized convolution sets its raw weight: assigning, resetting, loading, converting."""
 
+from typing import Any
+
 import pytest
 import torch
 from small_models import KINDS, OnesConv, put_a_class_in_front, standardized
 from torch import nn
+from torch.testing import assert_close
 
 from ws_algorithm.formula import standardize_weight
 from ws_algorithm.functional import is_weight_standardized
@@ -211,13 +214,16 @@ def test_memory_format():
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_functional_call_with_plain_names_does_not_change_the_model():
-    conv = standardized()
-    raw = raw_weight(conv).detach().clone()
+def test_a_functional_call_takes_the_raw_name_and_refuses_the_plain_one():
+    model: Any = nn.Sequential(nn.Conv2d(4, 4, 1), standardized())
+    plain, raw = model[0].weight, raw_weight(model[1])
+    values, images, weight = raw.detach().clone(), torch.randn(1, 4, 5, 5), torch.randn(6, 4, 3, 3, requires_grad=True)
 
-    try:
-        torch.func.functional_call(conv, {"weight": torch.randn(6, 4, 3, 3)}, torch.randn(1, 4, 5, 5))
-    except (KeyError, ValueError):
-        pass  # a refusal would do
+    with pytest.raises(ValueError, match=f"{RAW_KEY}"):
+        torch.func.functional_call(model, {"0.weight": torch.zeros(4, 4, 1, 1), "1.weight": weight}, images)
+    output = torch.func.functional_call(model, {f"1.{RAW_KEY}": weight}, images)
+    output.sum().backward()
 
-    assert torch.equal(raw_weight(conv), raw)
+    assert_close(output, nn.functional.conv2d(model[0](images), standardize_weight(weight), model[1].bias))
+    assert weight.grad is not None and raw.grad is None
+    assert model[0].weight is plain and raw_weight(model[1]) is raw and torch.equal(raw, values)

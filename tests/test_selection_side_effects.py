@@ -92,7 +92,9 @@ class Interrupted(nn.Module):
         self.conv = conv()
 
     def forward(self, x: Tensor) -> Tensor:
-        torch.rand(3), random.random(), np.random.rand()
+        torch.rand(3)
+        random.random()
+        np.random.rand()
         raise KeyboardInterrupt
 
 

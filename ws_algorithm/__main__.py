@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 2 for mistakes in a recipe or in the command, 130 if interrupted."""
+    """Run the command and return its exit code: 0, 2 for mistakes in a recipe, 130 or 143 if interrupted."""
     options = _parse(arguments)
     from ws_algorithm.recipes.schema import RecipeError
 
@@ -19,9 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command with autoresume=true continues the run", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = stop.code if isinstance(stop, SystemExit) else 130
+        if code not in (130, 143):  # SIGINT and SIGTERM, which Composer turns into SystemExit
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print("\ninterrupted; the same command with autoresume=true continues the run", file=sys.stderr)
+        return int(code)
     return 0
 
 

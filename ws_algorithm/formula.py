@@ -40,9 +40,9 @@ class Formula:
     unbiased: bool
 
     def __post_init__(self) -> None:
-        if not isinstance(self.eps, (int, float)) or not self.eps > 0:
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps < float("inf"):
             raise ValueError(
-                f"`eps` (={self.eps!r}) must be positive and a number: with 0, a constant filter would divide by zero."
+                f"`eps` (={self.eps!r}) must be positive and finite: with 0, a constant filter would divide by zero."
             )
 
 
@@ -77,6 +77,20 @@ def resolve_formula(formula: str | Formula) -> Formula:
     raise ValueError(f"`formula` (={formula!r}) must be one of {', '.join(FORMULAS)}, or a `Formula`.")
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise ``ValueError`` unless `weight` has rows to standardize and a floating-point dtype of 16 bits or more."""
+    if weight.ndim < 2:
+        raise ValueError(
+            f"`weight` must have at least two dimensions (output channels first), got shape {tuple(weight.shape)}. "
+            "If FSDP has flattened it, standardize before wrapping."
+        )
+    if weight.dtype not in _DTYPES:
+        raise ValueError(f"`weight` must be floating-point, got {weight.dtype}. Standardize before quantizing.")
+
+
 def standardize_weight(weight: Tensor, formula: str | Formula = "composer") -> Tensor:
     r"""Give every output channel of a convolution weight zero mean and unit variance.
 
@@ -95,7 +109,7 @@ def standardize_weight(weight: Tensor, formula: str | Formula = "composer") -> T
         The standardized weight: same shape, dtype and memory format.
 
     Raises:
-        ValueError: If `weight` has fewer than two dimensions or an integer dtype, or `formula` is not known.
+        ValueError: If `weight` has fewer than two dimensions or an integer or 8-bit dtype, or `formula` is not known.
 
     Source: https://arxiv.org/abs/1903.10520, equations 7 and 8.
 
@@ -105,12 +119,7 @@ def standardize_weight(weight: Tensor, formula: str | Formula = "composer") -> T
         True
     """
     formula = resolve_formula(formula)
-    if weight.ndim < 2:
-        raise ValueError(
-            f"`weight` must have at least two dimensions (output channels first), got shape {tuple(weight.shape)}."
-        )
-    if not (weight.is_floating_point() or weight.is_complex()):
-        raise ValueError(f"`weight` must be floating-point, got {weight.dtype}. Standardize before quantizing.")
+    check_weight(weight)
     order = _dims_in_memory_order(weight)
     rows_shape = [weight.shape[dim] for dim in order]
     rows = weight.permute(order).flatten(1)  # (O, n): a view whenever the weight is dense

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ws_algorithm.formula import Formula, resolve_formula
+from ws_algorithm.formula import Formula, check_weight, resolve_formula
 from ws_algorithm.parametrization import (
     check_removable,
     raw_weight,
@@ -46,8 +46,8 @@ def apply_weight_standardization(
         The number of convolutions that this call standardized.
 
     Raises:
-        ValueError: If an argument is not of the kind described, or a convolution is lazy, pruned or under an old-style
-            ``weight_norm`` or ``spectral_norm``. Nothing has been changed then.
+        ValueError: If an argument is not of the kind described, or a convolution is lazy, pruned, quantized or under an
+            old-style ``weight_norm`` or ``spectral_norm``. Nothing has been changed then.
 
     Source: https://arxiv.org/abs/1903.10520.
 
@@ -62,6 +62,8 @@ def apply_weight_standardization(
     formula = resolve_formula(formula)
     choices = choose_convolutions(module, n_last_layers_ignore)
     chosen = [choice for choice in choices if choice.skipped_because is None]
+    for choice in chosen:
+        _check_choice(choice)
     for choice in chosen:
         register_weight_standardizer(choice.module, formula)
     _log_choices(module, choices)
@@ -121,7 +123,8 @@ def fold_weight_standardization(module: nn.Module) -> int:
 
     Raises:
         ValueError: If `module` is not a module, one of the weights carries other parametrizations as well, or a
-            standardized weight is shared with a layer that uses it unstandardized. Nothing has been changed then.
+            standardized weight is shared with a layer that uses it unstandardized or by another formula. Nothing has
+            been changed then.
 
     Example:
         >>> import torch
@@ -140,6 +143,14 @@ def fold_weight_standardization(module: nn.Module) -> int:
     return len(layers)
 
 
+def _check_choice(choice: ConvolutionChoice) -> None:
+    weight: Any = choice.module.weight
+    try:
+        check_weight(weight)
+    except ValueError as error:
+        raise ValueError(f"`module` has a convolution, {choice}, that cannot be standardized: {error}") from error
+
+
 def _standardized_layers(module: nn.Module) -> list[nn.Module]:
     """Not only convolutions: a user may have put a :class:`WeightStandardizer` on any layer."""
     check_module(module)
@@ -156,9 +167,16 @@ def _removable_layers(module: nn.Module) -> list[nn.Module]:
 
 
 def _check_not_shared(module: nn.Module, layers: list[nn.Module]) -> None:
-    """Folding overwrites raw weights, which no layer outside `layers` may be using."""
+    """Folding overwrites raw weights: no layer may use one unstandardized, nor two layers by different formulas."""
     inside = {part for layer in layers for part in layer.modules()}
-    raw = {id(raw_weight(layer)) for layer in layers}
+    raw: dict[int, str] = {}
+    for layer in layers:
+        standardization = repr(standardizers_of(layer))
+        if raw.setdefault(id(raw_weight(layer)), standardization) != standardization:
+            raise ValueError(
+                "`module` shares a raw weight among layers that standardize it by different formulas; one folded "
+                "weight cannot serve both. Give one of them a weight of its own first."
+            )
     for name, other in module.named_modules():
         if other not in inside and any(id(parameter) in raw for parameter in other.parameters(recurse=False)):
             raise ValueError(

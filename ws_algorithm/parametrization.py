@@ -12,7 +12,7 @@ In plain words, after :func:`register_weight_standardizer` ``conv``:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -63,8 +63,11 @@ class WeightStandardizer(nn.Module):
 
 def register_weight_standardizer(conv: nn.Module, formula: str | Formula = "composer") -> None:
     """Standardize the weight of one convolution from now on."""
+    if parametrize.is_parametrized(conv):
+        _give_own_class(conv, without=())
     parametrize.register_parametrization(conv, "weight", WeightStandardizer(formula))
-    conv.train(conv.training)  # its new parts start in training mode, whatever its own
+    parametrizations: Any = conv.parametrizations
+    parametrizations.train(conv.training)  # parts start in training mode, whatever that of the whole
     injected = type(conv)
     for name, method in _raw_weight_methods(injected.__bases__[0]).items():
         setattr(injected, name, method)
@@ -77,17 +80,24 @@ def unregister_weight_standardizer(conv: nn.Module) -> nn.Parameter:
         ValueError: If other parametrizations stand on the same weight, whose place in the chain cannot be closed.
     """
     check_removable(conv)
-    # A deep copy shares the injected class with its original, and torch deletes the property from the class
-    injected = type(conv)
-    kept = {name: value for name, value in vars(injected).items() if name not in _raw_weight_methods(injected)}
-    own_class: Any = type(injected.__name__, injected.__bases__, kept)
-    conv.__class__ = own_class
+    _give_own_class(conv, without=_raw_weight_methods(nn.Module))
     parametrize.remove_parametrizations(conv, "weight", leave_parametrized=False)
     for name in [name for name in conv._parameters if name != "weight"]:
         conv._parameters[name] = conv._parameters.pop(name)  # weight first again: the order of keys and parameters
     weight = conv.weight
     assert isinstance(weight, nn.Parameter)
     return weight
+
+
+def _give_own_class(conv: nn.Module, without: Collection[str]) -> None:
+    """Replace the class that torch injected by a copy of it, less the attributes `without`.
+
+    A deep copy shares the injected class with its original, and torch adds and deletes properties on the class.
+    """
+    injected = type(conv)
+    kept = {name: value for name, value in vars(injected).items() if name not in without}
+    own_class: Any = type(injected.__name__, injected.__bases__, kept)
+    conv.__class__ = own_class
 
 
 def check_removable(conv: nn.Module) -> None:

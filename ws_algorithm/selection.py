@@ -8,6 +8,7 @@ execution, and only then a copy of the model without data is traced with ``torch
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import operator
 import random
@@ -96,7 +97,7 @@ def check_n_last_layers_ignore(value: Any) -> int:
         ValueError: If it is not a whole number (``bool`` is none) or is negative.
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if isinstance(value, torch.Tensor) or "bool" in type(value).__name__ else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < 0:
@@ -156,7 +157,7 @@ def _reason_to_skip(conv: nn.Module) -> str | None:
     if own_layer is not None:
         return f"already standardized by its class {own_layer}"
     weight: Any = conv.weight
-    if weight[0].numel() == 1:
+    if weight.ndim > 1 and weight.shape[1:].numel() == 1:
         return "fan-in 1: the standardized weight would be 0"
     return None
 
@@ -201,8 +202,10 @@ def _only_child_with(module: nn.Module, convolutions: set[nn.Module]) -> nn.Modu
 def _trace_last_uses(module: nn.Module) -> dict[nn.Module, int]:
     shadow = _without_data(module)
     original_of = dict(zip(shadow.modules(), module.modules(), strict=True))
+    parameters = inspect.signature(shadow.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     with _fixed_random_states():
-        graph = _ConvolutionTracer().trace(shadow)
+        graph = _ConvolutionTracer().trace(shadow, concrete_args=defaults)
     modules = dict(shadow.named_modules(remove_duplicate=False))
     owners = {id(p): m for m in shadow.modules() if isinstance(m, CONVOLUTIONS) for p in m.parameters()}
     last_use = {}
@@ -210,10 +213,14 @@ def _trace_last_uses(module: nn.Module) -> dict[nn.Module, int]:
         used = None
         if node.op == "call_module":
             used = modules[node.target]
+            if isinstance(used, parametrize.ParametrizationList):  # the weight of a standardized convolution
+                used = owners.get(id(used.original))
         elif node.op == "get_attr":  # forward calls a functional with the weight of a convolution
             used = owners.get(id(_attribute(shadow, node.target)))
         if isinstance(used, CONVOLUTIONS):
             last_use[original_of[used]] = position
+    if not last_use:
+        raise RuntimeError("the trace reaches no convolution")
     return last_use
 
 
@@ -232,6 +239,9 @@ def _without_data(module: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for value in (value for part in module.modules() for value in vars(part).values()):
+        if isinstance(value, torch.Tensor) and not value.is_leaf:  # an activation that forward kept; no copy() of it
+            memo[id(value)] = torch.empty_like(value, device="meta").detach()
     shadow = copy.deepcopy(module, memo)
     for part in shadow.modules():
         part._forward_hooks.clear()
