@@ -214,7 +214,7 @@ def _trace_last_uses(module: nn.Module) -> dict[nn.Module, int]:
         if node.op == "call_module":
             used = modules[node.target]
             if isinstance(used, parametrize.ParametrizationList):  # the weight of a standardized convolution
-                used = owners.get(id(used.original))
+                used = owners.get(id(getattr(used, "original", None)))
         elif node.op == "get_attr":  # forward calls a functional with the weight of a convolution
             used = owners.get(id(_attribute(shadow, node.target)))
         if isinstance(used, CONVOLUTIONS):

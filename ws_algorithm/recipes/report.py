@@ -36,7 +36,7 @@ def summary_table(rows: list[Row], higher_is_better: dict[str, bool | None]) -> 
         series = [(row["epoch"], row[name]) for row in rows if name in row]
         pick = max if higher_is_better.get(_label(name)) else min
         best_epoch, best = pick(series, key=lambda point: point[1])
-        table.append((_label(name), f"{series[-1][1]:.4f}", f"{best:.4f}", f"{best_epoch:g}"))
+        table.append((_label(name), f"{series[-1][1]:.4f}", f"{best:.4f}", f"{best_epoch:.4g}"))
     return table
 
 
