@@ -31,7 +31,7 @@ FLOORS = [
         "recipes/schema.py",
         "recipes/signatures.py",
     ],
-    ["recipes/registry.py"],
+    ["recipes/registry.py", "recipes/values.py"],
     ["recipes/build.py"],
     ["recipes/resolve.py"],
     ["recipes/train.py", "recipes/evaluate.py"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ class BestCheckpoint(Callback):
     Whether higher or lower is better is what the metric itself says (``torchmetrics.Metric.higher_is_better``).
 
     Args:
-        path: The checkpoint (weights only); replaced atomically.
+        path: The checkpoint, without optimizer state; replaced atomically.
         monitor: Name of an evaluation metric of the model.
     """
 
@@ -32,7 +33,8 @@ class BestCheckpoint(Callback):
             return
         self.best = float(state.eval_metric_values[self.monitor])
         partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
-        save_checkpoint(state, str(partial), weights_only=True)
+        # With the state of algorithms: EMA and SWA evaluate weights that they keep there
+        save_checkpoint(state, str(partial), ignore_keys=["state/optimizers*"])
         if dist.get_global_rank() == 0:
             os.replace(partial, self.path)
 
@@ -45,7 +47,7 @@ class BestCheckpoint(Callback):
 
     def _is_better(self, state: State) -> bool:
         value = float(state.eval_metric_values[self.monitor])
-        if self.best is None:
+        if self.best is None or math.isnan(self.best):
             return True
         metric = next(metrics[self.monitor] for metrics in state.eval_metrics.values() if self.monitor in metrics)
         return value > self.best if metric.higher_is_better else value < self.best

@@ -49,8 +49,9 @@ def build_data(source: str, recipe: Recipe, key: str, *, training: bool) -> Data
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     block = dict(recipe.optimizers)
-    groups = parameter_groups(model, block.pop("param_groups", None) or [])
-    return _build(registry.OPTIMIZERS, block, params=[group for group in groups if group["params"]])
+    groups = [_typed_group(block["name"], group) for group in block.pop("param_groups", None) or []]
+    params = [group for group in parameter_groups(model, groups) if group["params"]]
+    return _build(registry.OPTIMIZERS, block, params=params)
 
 
 def build_scheduler(recipe: Recipe) -> ComposerScheduler | None:
@@ -66,7 +67,19 @@ def build_callbacks(recipe: Recipe) -> list[Callback]:
 
 
 def build_loggers(recipe: Recipe) -> list[LoggerDestination]:
-    return _build_each(registry.LOGGERS, recipe.loggers)
+    """The loggers of a recipe; those that write files write them into the run folder unless told otherwise."""
+    blocks = {name: dict(arguments) for name, arguments in (recipe.loggers or {}).items()}
+    for name, (argument, place) in registry.LOGGER_FILES.items():
+        if name in blocks:
+            blocks[name].setdefault(argument, f"{recipe.save_folder}/{place}")
+    return _build_each(registry.LOGGERS, blocks)
+
+
+def _typed_group(optimizer: str, group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group with its options as the optimizer takes them: ``"1e-3"`` is 0.001."""
+    options = {option: value for option, value in group.items() if option != "params"}
+    converted, _ = check_arguments(registry.OPTIMIZERS[optimizer], options, ("params",))
+    return {"params": group.get("params"), **converted}
 
 
 def _build_each(names: registry.Registry, blocks: dict[str, Any] | None) -> list[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
 
@@ -29,11 +31,13 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
     """
     folder = Path(source).expanduser()
     in_folder = (folder / run_folder.RECIPE).is_file()
-    recipe = resolve_recipe(str(folder / run_folder.RECIPE) if in_folder else source, overrides)
+    if in_folder:
+        source = str(folder / run_folder.RECIPE)
+        own = [override for override in overrides if override.startswith("load_path=")]
+        overrides = [*overrides, *(own or [f"load_path={json.dumps(str(_checkpoint_of(source, folder)))}"])]
+    recipe = resolve_recipe(source, overrides)
     dist.initialize_dist(get_device(recipe.device), timeout=recipe.dist_timeout)
     checkpoint = recipe.load_path
-    if in_folder and not any(override.startswith("load_path=") for override in overrides):
-        checkpoint = str(_checkpoint_of(source, folder))
     errors = [] if recipe.eval_dataloader else ["`eval_dataloader`: missing; there is nothing to evaluate on."]
     if checkpoint is None:
         errors.append(
@@ -53,19 +57,24 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
 def _evaluate(source: str, recipe: Recipe, checkpoint: str) -> dict[str, float]:
     reproducibility.seed_all(recipe.seed)
     model = build.build_model(recipe)
+    algorithms = build.build_algorithms(recipe)
+    # EMA and SWA evaluate weights that they keep in their own state
+    stateful = run_folder.is_of_a_run(Path(checkpoint)) and any(set(a.state_dict()) - {"repr"} for a in algorithms)
     trainer = Trainer(
         model=model,
         optimizers=build.build_optimizer(recipe, model),  # not used; without one, Composer makes its own and warns
         eval_dataloader=build.build_data(source, recipe, "eval_dataloader", training=False),
-        algorithms=build.build_algorithms(recipe),
+        algorithms=algorithms,
         load_path=checkpoint,
-        load_weights_only=True,
+        load_weights_only=not stateful,
         load_strict_model_weights=recipe.load_strict_model_weights,
         precision=recipe.precision,
         device=recipe.device,
         seed=recipe.seed,
         progress_bar=False,
     )
+    if stateful and recipe.load_strict_model_weights:  # Composer is strict only when it loads weights alone
+        model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=False)["state"]["model"])
     trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
     trainer.close()
     return {name: float(value) for name, value in trainer.state.eval_metric_values.items()}

@@ -53,7 +53,7 @@ def parameter_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> l
 def _selectors(position: int, group: Mapping[str, Any]) -> list[str]:
     selectors = group.get("params")
     selectors = [selectors] if isinstance(selectors, str) else selectors
-    if not selectors or not all(isinstance(selector, str) for selector in selectors):
+    if not isinstance(selectors, list | tuple) or not selectors or not all(isinstance(s, str) for s in selectors):
         raise ValueError(
             f"`param_groups[{position}].params` (={selectors!r}) must be 'bias', 'norm', a pattern on names, or a list "
             "of these."

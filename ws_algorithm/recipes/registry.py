@@ -42,17 +42,33 @@ ALGORITHMS: Registry = _classes(algorithms, Algorithm) | {"WeightStandardization
 CALLBACKS: Registry = _classes(callbacks, Callback)
 LOGGERS: Registry = _classes(loggers, LoggerDestination)
 
-# The module that a logger needs, and the extra that installs it
-_EXTRAS = {
-    "TensorboardLogger": ("tensorboard", "tensorboard"),
-    "WandBLogger": ("wandb", "wandb"),
-    "MLFlowLogger": ("mlflow", "mlflow"),
+# Loggers that write files: which argument says where, and where it is in a run folder
+LOGGER_FILES = {
+    "FileLogger": ("filename", "logs-rank{rank}.txt"),
+    "TensorboardLogger": ("log_dir", "tensorboard"),
+}
+
+# The module that a logger needs, and what installs it
+_NEEDS = {
+    "TensorboardLogger": ("tensorboard", "ws-algorithm[tensorboard]"),
+    "WandBLogger": ("wandb", "ws-algorithm[wandb]"),
+    "MLFlowLogger": ("mlflow", "ws-algorithm[mlflow]"),
+    "CometMLLogger": ("comet_ml", "mosaicml[comet_ml]"),
+    "NeptuneLogger": ("neptune", "mosaicml[neptune]"),
+    "SlackLogger": ("slack_sdk", "mosaicml[slack]"),
 }
 
 
 def missing_extra(name: str) -> str | None:
     """What to install before the logger `name` can be used, or ``None`` if it can."""
-    module, extra = _EXTRAS.get(name, (None, None))
-    if module is None or importlib.util.find_spec(module) is not None:
+    module, requirement = _NEEDS.get(name, (None, None))
+    if module is None or _is_installed(module):
         return None
-    return f'{name} needs {module}: pip install "ws-algorithm[{extra}]"'
+    return f'{name} needs {module}: pip install "{requirement}"'
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a module that was made unimportable
+        return False

@@ -10,10 +10,16 @@ Row = dict[str, float]
 
 _EVAL = "metrics/eval/"
 _LOSS = "loss/train/total"
+_ROUNDING = 1e-6  # of epochs, which are written with six digits
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines, one per batch; a batch that was written twice has its later values."""
+    """The rows of a file of JSON lines, one per batch; a batch that was written twice has its later values.
+
+    Without a file, as for a run that never began, there are none.
+    """
+    if not path.exists():
+        return []
     rows: dict[int, Row] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -29,7 +35,7 @@ def summary_table(rows: list[Row], higher_is_better: dict[str, bool | None]) -> 
         higher_is_better: By metric; for ``None`` or a metric that is not there lower is better, as for a loss.
     """
     table = []
-    losses = [row[_LOSS] for row in rows if _LOSS in row and row["epoch"] > rows[-1]["epoch"] - 1]
+    losses = [row[_LOSS] for row in rows if _LOSS in row and row["epoch"] > rows[-1]["epoch"] - 1 + _ROUNDING]
     if losses:
         table.append(("train loss", f"{sum(losses) / len(losses):.4f}", "", ""))
     for name in _names(rows, _EVAL):

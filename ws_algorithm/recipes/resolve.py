@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from enum import Enum
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from composer.core import Precision, Time, TimeUnit
-from composer.distributed import DDPSyncStrategy
+from composer.core import Time, Timestamp, TimeUnit
 from composer.utils import dist
 from torch import nn
 
@@ -23,6 +21,7 @@ from ws_algorithm.recipes import build, registry
 from ws_algorithm.recipes.catalogue import find_recipe
 from ws_algorithm.recipes.schema import Recipe, RecipeError, check_batch_sizes, did_you_mean, first_line, read_recipe
 from ws_algorithm.recipes.signatures import check_arguments
+from ws_algorithm.recipes.values import check_values
 
 # block -> the names it may have, the arguments that are filled in by the run
 _NAMED_BLOCKS: dict[str, tuple[registry.Registry, tuple[str, ...]]] = {
@@ -37,8 +36,6 @@ _MAPPING_BLOCKS: dict[str, registry.Registry] = {
     "callbacks": registry.CALLBACKS,
     "loggers": registry.LOGGERS,
 }
-_CHOICES: dict[str, type[Enum]] = {"precision": Precision, "ddp_sync_strategy": DDPSyncStrategy}
-_TIMES = ("max_duration", "eval_interval", "save_interval", "console_log_interval")
 
 
 def resolve_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -63,7 +60,7 @@ def resolve_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     for key, names in _MAPPING_BLOCKS.items():
         for name, arguments in (getattr(recipe, key) or {}).items():
             errors += _check_entry(key, name, arguments, names)
-    errors += _check_values(recipe) + check_batch_sizes(recipe, dist.get_world_size())
+    errors += check_values(recipe) + check_batch_sizes(recipe, dist.get_world_size())
     errors += _check_by_building(recipe, errors)
     if errors:
         raise RecipeError(source, errors)
@@ -89,6 +86,8 @@ def _check_entry(key: str, name: str, arguments: Any, names: registry.Registry) 
             f"`{key}.{name}` (={arguments!r}) must hold arguments. Write {{}} for the defaults; "
             f"to leave it out, delete the line or use {key}=null."
         ]
+    if name == "CheckpointSaver":
+        return [f"`{key}.{name}`: a run saves its own checkpoints; set save_interval and save_num_checkpoints_to_keep."]
     missing = registry.missing_extra(name)
     if missing is not None:
         return [f"`{key}.{name}`: {missing}."]
@@ -133,40 +132,6 @@ def _check_param_groups(optimizer: str, groups: Any) -> list[str]:
     return errors
 
 
-def _check_values(recipe: Recipe) -> list[str]:
-    errors = []
-    for key in _TIMES:
-        value = getattr(recipe, key)
-        if value is not None and not _is_time(value):
-            errors.append(
-                f"`{key}` (={value!r}) must be a positive number of epochs, or a time such as 10ep, 500ba, 20000sp."
-            )
-    for key, choices in _CHOICES.items():
-        value, valid = getattr(recipe, key), [choice.value for choice in choices]
-        if value is not None and value.lower() not in valid:
-            errors.append(f"`{key}`: unknown value {value!r}.{did_you_mean(value, valid)}")
-    if recipe.num_threads is not None and recipe.num_threads < 1:
-        errors.append(f"`num_threads` (={recipe.num_threads}) must be at least 1, or null to let torch decide.")
-    if recipe.save_num_checkpoints_to_keep == 0:
-        errors.append(
-            "`save_num_checkpoints_to_keep` (=0) must be at least 1, or -1 to keep all: nothing could resume."
-        )
-    if recipe.autoresume and recipe.save_overwrite:
-        errors.append(
-            "`save_overwrite` and `autoresume` cannot both be true: one replaces a run, the other continues it."
-        )
-    if recipe.load_path is not None and "://" not in recipe.load_path and not Path(recipe.load_path).exists():
-        errors.append(f"`load_path` (={recipe.load_path!r}): there is no such file.")
-    return errors
-
-
-def _is_time(value: int | str) -> bool:
-    try:
-        return Time.from_input(value, TimeUnit.EPOCH).value > 0
-    except (ValueError, TypeError):
-        return False
-
-
 def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
     """What only a constructor knows, for the blocks in which nothing wrong was found yet."""
     errors: list[str] = []
@@ -183,7 +148,8 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
     for key, make in (("algorithms", build.build_algorithms), ("callbacks", build.build_callbacks)):
         for name, arguments in (getattr(recipe, key) or {}).items():
             attempt(f"{key}.{name}", partial(make, replace(recipe, **{key: {name: arguments}})))
-    attempt("schedulers", lambda: build.build_scheduler(recipe))
+    timed = not any(error.startswith(("`max_duration`", "`scale_schedule_ratio`")) for error in found)
+    attempt("schedulers", lambda: _try_scheduler(recipe) if timed else build.build_scheduler(recipe))
     with torch.device("meta"):
         model = attempt("model", lambda: build.build_model(recipe)) if recipe.model else None
         if recipe.optimizers and model is not None:
@@ -194,6 +160,16 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
     if model is not None and recipe.monitor is not None:
         errors += _check_monitor(recipe.monitor, model.get_metrics(is_train=False))
     return errors
+
+
+def _try_scheduler(recipe: Recipe) -> None:
+    """Build the scheduler and ask for a first learning rate: units of time may not go together."""
+    scheduler = build.build_scheduler(recipe)
+    if scheduler is not None and recipe.max_duration is not None:
+        duration = Time.from_input(recipe.max_duration, TimeUnit.EPOCH)
+        epoch = Time(1_000_000, TimeUnit.BATCH)  # long, so that no warm-up is too long for it
+        start: Any = SimpleNamespace(max_duration=duration, timestamp=Timestamp(), dataloader_len=epoch)
+        scheduler(start, recipe.scale_schedule_ratio)
 
 
 def _check_monitor(monitor: str, metrics: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ latest and removes what was cut off, so that the next run resumes from there.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import zipfile
@@ -42,13 +43,9 @@ def choose_run_folder(
         ValueError: If the folder holds a run and may not be used again.
     """
     if run_name is None and "{run_name}" in save_folder:
-        numbered = 1
-        while _holds_run(_folder(save_folder, _numbered(default_name, numbered + 1))):
-            numbered += 1
-        taken = _holds_run(_folder(save_folder, _numbered(default_name, numbered)))
-        if taken and not (autoresume or overwrite):
-            numbered += 1
-        run_name = _numbered(default_name, numbered)
+        taken = _taken_numbers(save_folder, default_name)
+        highest = max(taken, default=1)
+        run_name = _numbered(default_name, highest if not taken or autoresume or overwrite else highest + 1)
     run_name = run_name or default_name
     folder = _folder(save_folder, run_name)
     if _holds_run(folder) and not (autoresume or overwrite):
@@ -61,7 +58,8 @@ def choose_run_folder(
 
 def clear_run(folder: Path) -> None:
     """Remove the files of an earlier run, and nothing else, from a folder."""
-    for path in [*_checkpoints(folder), *(folder / name for name in (_LATEST, RECIPE, METRICS, LOG, CURVES, BEST))]:
+    named = [folder / name for name in (_LATEST, RECIPE, METRICS, LOG, CURVES, BEST)]
+    for path in [*_checkpoints(folder), *named, *folder.glob("*.partial"), *folder.glob("*.partial.pt")]:
         path.unlink(missing_ok=True)
 
 
@@ -115,6 +113,11 @@ def best_or_latest_checkpoint(folder: Path) -> Path:
     return checkpoint
 
 
+def is_of_a_run(checkpoint: Path) -> bool:
+    """Whether a checkpoint is one that a run folder keeps, with the state of its algorithms."""
+    return (checkpoint.parent / RECIPE).exists()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a kill leaves either the old or the new one."""
     partial = path.with_name(f"{path.name}.partial")
@@ -124,6 +127,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}-{number}"
+
+
+def _taken_numbers(save_folder: str, name: str) -> list[int]:
+    """The numbers under which runs of a name are there already."""
+    numbers = [1]
+    for path in glob.glob(str(_folder(glob.escape(save_folder), f"{glob.escape(name)}-*"))):
+        numbers += [int(number) for number in re.findall(rf"{re.escape(name)}-([0-9]+)", path)]
+    return [number for number in numbers if _holds_run(_folder(save_folder, _numbered(name, number)))]
 
 
 def _folder(save_folder: str, run_name: str) -> Path:

@@ -33,19 +33,20 @@ class RunLog(LoggerDestination):
         self._pending: dict[str, float] = {}
         self._latest: dict[str, float] = {}
         self._losses: list[float] = []
+        self._has_trained = False  # until then, as after resuming at the end of an epoch, training metrics are empty
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._pending |= {name: float(value) for name, value in metrics.items() if not name.startswith("time/")}
-
-    def init(self, state: State, logger: Logger) -> None:
-        if dist.get_global_rank() == 0:
-            self.path.touch()
+        left_out = ("time/",) if self._has_trained else ("time/", "metrics/train/")
+        self._pending |= {name: float(value) for name, value in metrics.items() if not name.startswith(left_out)}
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._batches_per_epoch = int(state.dataloader_len or 0)  # later, during evaluation, it is that of other data
         if dist.get_global_rank() == 0:
             remove_lines_after(self.path, int(state.timestamp.batch))
             self._file = self.path.open("a", encoding="utf-8")
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._has_trained = True
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if "loss/train/total" in self._pending:

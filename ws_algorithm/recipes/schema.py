@@ -119,18 +119,18 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list
     """
     values, errors = _apply_overrides(_load_mapping(path), overrides)
     recipe = Recipe(**{name: None for name, field in FIELDS.items() if field.default is MISSING})  # pyright: ignore
-    misspelled = set()
+    reported = {error.partition("`")[2].partition("`")[0].partition(".")[0] for error in errors}
     for key, value in values.items():
         if key not in FIELDS:
-            errors.append(f"`{key}`: unknown key.{did_you_mean(key, FIELDS)}")
-            misspelled.add(nearest(key, FIELDS))
+            errors.append(f"`{key}`: unknown key.{did_you_mean(str(key), FIELDS)}")
+            reported.add(nearest(str(key), FIELDS) or "")
             continue
         try:
             setattr(recipe, key, _typed(key, value))
         except OmegaConfBaseException as error:
             errors.append(f"`{key}` (={value!r}): {first_line(error)}.")
     for name, field in FIELDS.items():
-        if field.default is MISSING and name not in values and name not in misspelled:
+        if field.default is MISSING and name not in values and name not in reported:
             errors.append(f"`{name}`: missing.")
     return recipe, errors
 
@@ -192,35 +192,36 @@ def first_line(error: Exception) -> str:
 def _load_mapping(path: Path) -> Any:
     try:
         config = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise RecipeError(str(path), [f"not valid YAML: {' '.join(str(error).split())}"]) from error
+    except OSError as error:  # OmegaConf's error for a file that holds a scalar, or a file that cannot be read
+        raise RecipeError(str(path), [f"not a recipe: {first_line(error)}."]) from error
     if not OmegaConf.is_dict(config):
         raise RecipeError(str(path), ["not a recipe: the file must hold `key: value` lines."])
     return config
 
 
-def _apply_overrides(config: Any, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _apply_overrides(config: Any, overrides: Sequence[str]) -> tuple[dict[Any, Any], list[str]]:
     """The plain values of a configuration after its overrides, interpolations resolved."""
     errors = []
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, text = override.partition("=")
         try:
             if not equals or not key:
                 raise ValueError("an override is written key=value")
-            parsed = OmegaConf.from_dotlist([override])
-            OmegaConf.update(config, key, OmegaConf.select(parsed, key), merge=False, force_add=True)
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+            OmegaConf.update(config, key, parsed["value"], merge=False, force_add=True)  # pyright: ignore
         except (ValueError, OmegaConfBaseException, YAMLError) as error:
             errors.append(f"override {override!r}: {first_line(error)}.")
     values = {}
     for key in config:
+        if OmegaConf.is_missing(config, key):
+            continue
         try:
-            node = OmegaConf.select(config, key, throw_on_missing=True)
-            values[str(key)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+            node = config[key]
+            values[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         except OmegaConfBaseException as error:
-            if OmegaConf.is_missing(config, key):
-                continue
-            errors.append(f"`{key}`: {first_line(error)}.")
-            values[str(key)] = None
+            errors.append(f"`{getattr(error, 'full_key', None) or key}`: {first_line(error)}.")
     return values, errors
 
 

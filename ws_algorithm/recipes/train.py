@@ -69,6 +69,8 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
     progress_bar = sys.stderr.isatty() if recipe.progress_bar is None else recipe.progress_bar
     with build.cpu_threads(recipe), _logging_to(folder / run_folder.LOG, epochs_on_screen=not progress_bar):
         _keep_recipe(recipe, folder)
+        if recipe.precision == "amp_bf16" and not torch.cuda.is_available():
+            log.warning("`precision` amp_bf16 has no effect: without a GPU, Composer computes in fp32.")
         trainer = _build_trainer(recipe, folder, data, progress_bar)
         if _is_complete(trainer):
             log.info("%s is already trained for %s; nothing is left to do.", folder, recipe.max_duration)

@@ -13,7 +13,7 @@ import torch
 from composer.core import DataSpec
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -78,7 +78,7 @@ def build_fashion_mnist_dataspec(
         num_workers: Processes that load images. Default: ``0``.
 
     Raises:
-        ValueError: If the data are not in `root` and `download` is off.
+        ValueError: If the data are not in `root` and `download` is off, or cannot be downloaded.
 
     Source: Xiao et al. 2017, https://arxiv.org/abs/1708.07747.
     """
@@ -90,8 +90,8 @@ def build_fashion_mnist_dataspec(
                 root, train=split == "train", transform=v2.Compose(augmentation + normalize), download=download
             )
     except RuntimeError as error:
-        if "not found" not in str(error):
-            raise
+        if download:
+            raise ValueError(f"Fashion-MNIST could not be downloaded into `root` (={root!r}): {error}") from error
         raise ValueError(
             f"`root` (={root!r}) has no Fashion-MNIST: expected {root}/FashionMNIST/raw/*-ubyte. "
             "Set download=true, or root= to the folder that has it."
@@ -112,14 +112,31 @@ class _ImagesInMemory(Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
+class _SeededSampler(DistributedSampler):
+    """Seeds what worker processes draw from the seed and the epoch, so that a resumed epoch is augmented as it was.
+
+    ``generator`` is that of the ``DataLoader``, from which it seeds its workers whenever it is iterated over.
+    """
+
+    def __init__(self, dataset: Dataset, training: bool, seed: int) -> None:
+        ranks = dist.get_world_size()
+        super().__init__(dataset, ranks, dist.get_global_rank(), shuffle=training, seed=seed, drop_last=training)
+        self.generator = torch.Generator()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.generator.manual_seed((self.seed * 1_000_003 + epoch) * self.num_replicas + self.rank)
+
+
 def _dataloader(dataset: Dataset, training: bool, batch_size: int, seed: int, num_workers: int) -> DataLoader:
-    sampler = dist.get_sampler(dataset, shuffle=training, drop_last=training, seed=seed)
+    sampler = _SeededSampler(dataset, training, seed)
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         drop_last=training,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
+        num_workers=num_workers,  # not persistent: they would carry their random states from epoch to epoch
+        generator=sampler.generator,
         pin_memory=torch.cuda.is_available(),
     )

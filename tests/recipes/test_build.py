@@ -1,0 +1,115 @@
+import pytest
+import torch
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from composer.optim import ComposerScheduler
+
+from ws_algorithm import WeightStandardization
+from ws_algorithm.recipes import build, registry
+from ws_algorithm.recipes.resolve import resolve_recipe
+from ws_algorithm.recipes.schema import Recipe, RecipeError
+
+
+def built_optimizer(*overrides: str) -> torch.optim.Optimizer:
+    recipe = resolve_recipe("quickstart", overrides)
+    return build.build_optimizer(recipe, build.build_model(recipe))
+
+
+@pytest.mark.parametrize(
+    ("names", "base", "some"),
+    [
+        (registry.OPTIMIZERS, torch.optim.Optimizer, ["SGD", "AdamW", "DecoupledSGDW"]),
+        (registry.SCHEDULERS, ComposerScheduler, ["MultiStepScheduler", "ConstantScheduler"]),
+        (registry.ALGORITHMS, Algorithm, ["EMA", "LabelSmoothing", "WeightStandardization"]),
+        (registry.CALLBACKS, Callback, ["LRMonitor", "EarlyStopper"]),
+        (registry.LOGGERS, LoggerDestination, ["FileLogger", "WandBLogger"]),
+    ],
+)
+def test_names_are_concrete_classes(names, base, some):
+    assert set(some) <= names.keys()
+    assert all(
+        isinstance(member, type) and issubclass(member, base) and member is not base for member in names.values()
+    )
+
+
+def test_weight_standardization_is_ours():
+    assert registry.ALGORITHMS["WeightStandardization"] is WeightStandardization
+
+
+def test_blocks_become_what_they_name():
+    recipe = resolve_recipe(
+        "quickstart",
+        [
+            "algorithms={WeightStandardization: {n_last_layers_ignore: '1', formula: paper}, LabelSmoothing: {}}",
+            "callbacks={SpeedMonitor: {window_size: '3'}}",
+            "loggers={FileLogger: {}, InMemoryLogger: {}}",
+        ],
+    )
+
+    first, second = build.build_algorithms(recipe)
+    assert repr(first) == "WeightStandardization(n_last_layers_ignore=1, formula='paper')"
+    assert type(second) is registry.ALGORITHMS["LabelSmoothing"]
+    assert [type(callback).__name__ for callback in build.build_callbacks(recipe)] == ["SpeedMonitor"]
+    assert [type(logger).__name__ for logger in build.build_loggers(recipe)] == ["FileLogger", "InMemoryLogger"]
+    assert type(build.build_scheduler(recipe)).__name__ == "CosineAnnealingWithWarmupScheduler"
+
+
+def test_blocks_that_are_not_given_are_empty():
+    recipe = resolve_recipe(
+        "quickstart", [f"{key}=null" for key in ("algorithms", "callbacks", "loggers", "schedulers")]
+    )
+
+    assert build.build_algorithms(recipe) == build.build_callbacks(recipe) == build.build_loggers(recipe) == []
+    assert build.build_scheduler(recipe) is None
+    assert build.build_data("quickstart", Recipe(eval_dataloader=None), "eval_dataloader", training=False) is None
+
+
+def test_a_group_without_parameters_is_left_out():
+    # quickstart has nine convolutions and norms of two parameters each, and a weight and a bias in the head
+    assert [len(group["params"]) for group in built_optimizer().param_groups] == [9 + 2 * 9 + 2]
+    assert [
+        len(group["params"]) for group in built_optimizer("optimizers.param_groups=[{params: '*'}]").param_groups
+    ] == [9 + 2 * 9 + 2]
+
+
+def test_options_of_groups_go_before_those_of_the_optimizer():
+    optimizer = built_optimizer(
+        "optimizers.param_groups=[{params: [norm, bias], weight_decay: 0}, {params: fc.*, lr: 1}]"
+    )
+
+    # the bias of the head is in the first group
+    found = [(len(group["params"]), group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
+    assert found == [(2 * 9 + 1, 0, 0.05), (1, 5e-4, 1), (9, 5e-4, 0.05)]
+
+
+def test_options_of_groups_are_converted_as_those_of_the_optimizer_are():
+    optimizer = built_optimizer("optimizers.lr='1e-2'", "optimizers.param_groups=[{params: bias, lr: '1e-3'}]")
+
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-2]
+
+
+def test_a_batch_larger_than_the_data_is_a_mistake():
+    recipe = resolve_recipe("quickstart", ["global_train_batch_size=1438", "device_train_microbatch_size=null"])
+
+    with pytest.raises(RecipeError, match=r"`train_dataloader`: `global_train_batch_size` \(=1438\) is larger"):
+        build.build_data("quickstart", recipe, "train_dataloader", training=True)
+
+
+def test_evaluation_takes_its_own_batch_size_if_it_has_one():
+    for size, expected in (("100", 100), ("null", 16)):
+        recipe = resolve_recipe("quickstart", [f"global_eval_batch_size={size}"])
+        spec = build.build_data("quickstart", recipe, "eval_dataloader", training=False)
+        assert spec is not None and len(next(iter(spec.dataloader))[1]) == expected
+
+
+@pytest.mark.parametrize(("wanted", "during"), [(3, 3), (None, 2)])
+def test_threads_are_those_of_the_recipe_while_it_runs(wanted, during):
+    outside = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), build.cpu_threads(Recipe(num_threads=wanted)):
+            assert torch.get_num_threads() == during
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(outside)
