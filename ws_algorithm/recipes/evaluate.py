@@ -57,27 +57,33 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
 def _evaluate(source: str, recipe: Recipe, checkpoint: str) -> dict[str, float]:
     reproducibility.seed_all(recipe.seed)
     model = build.build_model(recipe)
-    algorithms = build.build_algorithms(recipe)
-    # EMA and SWA evaluate weights that they keep in their own state
-    stateful = run_folder.is_of_a_run(Path(checkpoint)) and any(set(a.state_dict()) - {"repr"} for a in algorithms)
+    keeps_weights = _keeps_weights(Path(checkpoint))
     trainer = Trainer(
         model=model,
         optimizers=build.build_optimizer(recipe, model),  # not used; without one, Composer makes its own and warns
         eval_dataloader=build.build_data(source, recipe, "eval_dataloader", training=False),
-        algorithms=algorithms,
+        algorithms=build.build_algorithms(recipe),
         load_path=checkpoint,
-        load_weights_only=not stateful,
+        load_weights_only=not keeps_weights,
         load_strict_model_weights=recipe.load_strict_model_weights,
         precision=recipe.precision,
         device=recipe.device,
         seed=recipe.seed,
         progress_bar=False,
     )
-    if stateful and recipe.load_strict_model_weights:  # Composer is strict only when it loads weights alone
+    if keeps_weights and recipe.load_strict_model_weights:  # Composer is strict only when it loads weights alone
         model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=False)["state"]["model"])
     trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
     trainer.close()
     return {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
+
+
+def _keeps_weights(checkpoint: Path) -> bool:
+    """Whether an algorithm has state in a checkpoint of a run: EMA and SWA evaluate weights that they keep there."""
+    if not run_folder.is_of_a_run(checkpoint) or not checkpoint.is_file():
+        return False
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["state"]
+    return any(set(kept) - {"repr"} for _, kept in state.get("algorithms", []))
 
 
 def _checkpoint_of(source: str, folder: Path) -> Path:
