@@ -77,7 +77,7 @@ def _check_named_block(
     errors = []
     if key == "optimizers":
         errors = _check_param_groups(name, arguments.pop("param_groups", None))
-    return errors + _check_arguments(key, "name", name, arguments, names, supplied)
+    return errors + _check_arguments(key, f"{key}.name", name, arguments, names, supplied)
 
 
 def _check_entry(key: str, name: str, arguments: Any, names: registry.Registry) -> list[str]:
@@ -91,20 +91,20 @@ def _check_entry(key: str, name: str, arguments: Any, names: registry.Registry) 
     missing = registry.missing_extra(name)
     if missing is not None:
         return [f"`{key}.{name}`: {missing}."]
-    return _check_arguments(key, name, name, arguments, names)
+    return _check_arguments(f"{key}.{name}", f"{key}.{name}", name, arguments, names)
 
 
 def _check_arguments(
-    key: str,
-    name_key: str,
+    path: str,
+    name_path: str,
     name: str,
     arguments: dict[str, Any],
     names: registry.Registry,
     supplied: tuple[str, ...] = (),
 ) -> list[str]:
-    path = key if name_key == "name" else f"{key}.{name_key}"
+    """Check the `arguments`, which stand at `path`, of the builder whose `name` stands at `name_path`."""
     if name not in names:
-        return [f"`{key}.{name_key}`: unknown name {name!r}.{did_you_mean(name, names)}"]
+        return [f"`{name_path}`: unknown name {name!r}.{did_you_mean(name, names)}"]
     _, mistakes = check_arguments(names[name], arguments, supplied)
     return [
         f"`{path}.{mistake.name}`: {mistake.problem}"
