@@ -29,6 +29,7 @@ FLOORS = [
         "recipes/run_folder.py",
         "recipes/run_log.py",
         "recipes/schema.py",
+        "recipes/early_stopper.py",
         "recipes/signatures.py",
     ],
     ["recipes/registry.py", "recipes/values.py"],

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import ws_algorithm
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for mistakes in a recipe, 130 or 143 if interrupted."""
@@ -45,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ws-algorithm", description="Weight Standardization for PyTorch and Composer: train and evaluate recipes."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {ws_algorithm.__version__}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = verbs.add_parser("train", help="train a recipe", description="Train a recipe and write its run folder.")

@@ -82,6 +82,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.co
 
 def check_weight(weight: Tensor) -> None:
     """Raise ``ValueError`` unless `weight` has rows to standardize and a floating-point dtype of 16 bits or more."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"`weight` must be a tensor, got {type(weight).__name__}.")
     if weight.ndim < 2:
         raise ValueError(
             f"`weight` must have at least two dimensions (output channels first), got shape {tuple(weight.shape)}. "
@@ -106,10 +108,11 @@ def standardize_weight(weight: Tensor, formula: str | Formula = "composer") -> T
         formula: A name in ``FORMULAS`` or a :class:`Formula`. Default: ``"composer"``.
 
     Returns:
-        The standardized weight: same shape, dtype and memory format.
+        The standardized weight: same shape and dtype; contiguous and ``channels_last`` layouts are kept.
 
     Raises:
-        ValueError: If `weight` has fewer than two dimensions or an integer or 8-bit dtype, or `formula` is not known.
+        ValueError: If `weight` is no tensor, has fewer than two dimensions or an integer or 8-bit dtype, or `formula`
+            is not known.
 
     Source: https://arxiv.org/abs/1903.10520, equations 7 and 8.
 
@@ -142,6 +145,8 @@ def _dims_in_memory_order(weight: Tensor) -> list[int]:
 def _standardize_rows(rows: Tensor, formula: Formula) -> Tensor:
     """Standardize each row of a matrix ``(O, n)``."""
     n = rows.shape[1]
+    if rows.numel() == 0:
+        return rows.clone()
     if formula.eps_inside_root and not formula.unbiased and not rows.is_complex():
         return F.layer_norm(rows, (n,), eps=formula.eps)  # one fused kernel forward, one backward
     correction = 1 if formula.unbiased and n > 1 else 0

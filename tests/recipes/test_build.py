@@ -46,9 +46,9 @@ def test_blocks_become_what_they_name():
         ],
     )
 
-    first, second = build.build_algorithms(recipe)
-    assert repr(first) == "WeightStandardization(n_last_layers_ignore=1, formula='paper')"
-    assert type(second) is registry.ALGORITHMS["LabelSmoothing"]
+    other, standardization = build.build_algorithms(recipe)  # surgery of others comes first
+    assert repr(standardization) == "WeightStandardization(n_last_layers_ignore=1, formula='paper')"
+    assert type(other) is registry.ALGORITHMS["LabelSmoothing"]
     assert [type(callback).__name__ for callback in build.build_callbacks(recipe)] == ["SpeedMonitor"]
     assert [type(logger).__name__ for logger in build.build_loggers(recipe)] == ["FileLogger", "InMemoryLogger"]
     assert type(build.build_scheduler(recipe)).__name__ == "CosineAnnealingWithWarmupScheduler"

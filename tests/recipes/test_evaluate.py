@@ -124,7 +124,7 @@ def test_a_folder_that_is_no_run_is_refused():
 
 
 def test_standardized_weights_do_not_load_without_the_algorithm(finished_run):
-    with pytest.raises(RuntimeError, match=r"module\.conv1\.weight"):
+    with pytest.raises(RecipeError, match=r"best\.pt.*module\.conv1\.weight"):
         evaluate(str(finished_run), ["algorithms=null"])
 
 

@@ -231,3 +231,44 @@ def test_resolving_leaves_random_states_and_files_alone(tmp_path):
 
     assert draw_from_copies() == before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("weight_decay", ["-1", "nan"])
+def test_options_of_a_group_are_judged_by_the_optimizer(weight_decay):
+    (mistake,) = mistakes(
+        f"optimizers.param_groups=[{{params: norm, lr: 0.1, weight_decay: .{weight_decay}}}]".replace(".-", "-")
+    )
+
+    assert mistake.startswith("`optimizers.param_groups[0]")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("run_name=../x", "run_name"),
+        ("save_folder=''", "save_folder"),
+        ("save_folder=s3://bucket/x", "save_folder"),
+        ("callbacks={CheckpointSaver: {}}", "callbacks.CheckpointSaver"),
+        ("compile_config={foo: 1}", "compile_config.foo"),
+        ("parallelism_config={foo: 1}", "parallelism_config.foo"),
+        ("optimizers={name: LBFGS}", "optimizers.name"),
+        ("optimizers.lr=.nan", "optimizers.lr"),
+        ("precision=amp_bf16", "precision"),
+    ],
+)
+def test_what_a_run_cannot_have_is_refused(override, key, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert [mistake.partition("`")[2].partition("`")[0] for mistake in mistakes(override)] == [key]
+
+
+def test_a_monitor_needs_an_evaluation():
+    (mistake,) = mistakes("eval_dataloader=null", "monitor=MulticlassAccuracy")
+
+    assert mistake.startswith("`monitor`")
+
+
+def test_a_name_too_long_for_a_file_is_a_mistake():
+    (mistake,) = mistakes(source="a" * 300)
+
+    assert "neither a file nor the name" in mistake

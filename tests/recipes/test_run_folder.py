@@ -1,11 +1,12 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from ws_algorithm.recipes import run_folder
-from ws_algorithm.recipes.run_folder import choose_run_folder, clear_run, remove_old_checkpoints, repair_checkpoints
+from ws_algorithm.recipes.run_folder import claim_run_folder, clear_run, remove_old_checkpoints, repair_checkpoints
 
 LATEST = "latest-rank0.pt"
 
@@ -24,13 +25,13 @@ def link(folder: Path, target: str) -> None:
 
 
 def make_run(folder: Path) -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").touch()
     return folder
 
 
 def choose(*, name: str | None = None, resume: bool = False, overwrite: bool = False, into: str = "runs/{run_name}"):
-    return choose_run_folder(into, name, "quickstart", autoresume=resume, overwrite=overwrite)
+    return claim_run_folder(into, name, "quickstart", autoresume=resume, overwrite=overwrite)
 
 
 def test_runs_are_numbered_from_the_second_on():
@@ -63,11 +64,27 @@ def test_going_on_takes_the_highest_number_when_one_is_missing():
     assert choose(resume=True)[1] == "quickstart-3"
 
 
-def test_a_folder_without_a_run_is_free():
+def test_a_folder_that_is_there_is_not_taken_unless_it_was_chosen():
+    """It may be that of a run which has just begun."""
     Path("runs/quickstart").mkdir(parents=True)
     Path("runs/quickstart/notes.txt").touch()
 
-    assert choose()[1] == "quickstart"
+    assert choose()[1] == "quickstart-2"
+    assert choose(name="quickstart")[1] == "quickstart"
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own():
+    with ThreadPoolExecutor(8) as pool:
+        folders = [future.result()[0] for future in [pool.submit(choose) for _ in range(32)]]
+
+    assert len(set(folders)) == 32 and all(folder.is_dir() for folder in folders)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error():
+    Path("runs").touch()
+
+    with pytest.raises(OSError):
+        choose()
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "best.pt", "ep1-ba3-rank0.pt"])
@@ -75,7 +92,8 @@ def test_each_of_its_files_shows_a_run(file):
     Path("runs/quickstart").mkdir(parents=True)
     (Path("runs/quickstart") / file).touch()
 
-    assert choose()[1] == "quickstart-2"
+    with pytest.raises(ValueError, match="already holds a run"):
+        choose(name="quickstart")
 
 
 @pytest.mark.parametrize(

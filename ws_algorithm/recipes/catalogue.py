@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 import ws_algorithm
@@ -35,13 +36,13 @@ def find_recipe(name: str) -> Path:
         ValueError: If there is neither; names what is close.
     """
     path = Path(name).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     shipped = shipped_recipes()
     plain = name.removeprefix("yamls/").removesuffix(".yaml")
     if plain in shipped and not path.is_absolute():
         return shipped[plain]
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"`recipe` (={name!r}) is a folder; name a YAML file in it, or a shipped recipe.")
     close = difflib.get_close_matches(plain, shipped, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}?" if close else "`ws-algorithm recipes` lists those that ship."

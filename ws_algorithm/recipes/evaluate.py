@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from composer import Trainer
+from composer.core import DataSpec
 from composer.utils import dist, get_device, reproducibility
 
 from ws_algorithm.recipes import build, report, run_folder
@@ -45,8 +46,17 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
         )
     if errors or checkpoint is None:
         raise RecipeError(source, errors)
+    data = build.build_data(source, recipe, "eval_dataloader", training=False)
     with build.cpu_threads(recipe):
-        values = _evaluate(source, recipe, checkpoint)
+        try:
+            trainer = _build_trainer(recipe, data, checkpoint)
+        except Exception as error:  # whatever Composer says of the arguments or of the checkpoint
+            raise RecipeError(
+                source, [f"`load_path` (={checkpoint!r}): {' '.join(str(error).split())[:400]}"]
+            ) from error
+        trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
+        trainer.close()
+    values = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     if dist.get_global_rank() == 0:
         rows: list[tuple[str, ...]] = [(name, f"{value:.4f}") for name, value in values.items()]
         print(report.format_table(("metric", "value"), rows))
@@ -54,14 +64,14 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
     return values
 
 
-def _evaluate(source: str, recipe: Recipe, checkpoint: str) -> dict[str, float]:
+def _build_trainer(recipe: Recipe, data: DataSpec | None, checkpoint: str) -> Trainer:
     reproducibility.seed_all(recipe.seed)
     model = build.build_model(recipe)
     keeps_weights = _keeps_weights(Path(checkpoint))
     trainer = Trainer(
         model=model,
         optimizers=build.build_optimizer(recipe, model),  # not used; without one, Composer makes its own and warns
-        eval_dataloader=build.build_data(source, recipe, "eval_dataloader", training=False),
+        eval_dataloader=data,
         algorithms=build.build_algorithms(recipe),
         load_path=checkpoint,
         load_weights_only=not keeps_weights,
@@ -73,9 +83,7 @@ def _evaluate(source: str, recipe: Recipe, checkpoint: str) -> dict[str, float]:
     )
     if keeps_weights and recipe.load_strict_model_weights:  # Composer is strict only when it loads weights alone
         model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=False)["state"]["model"])
-    trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
-    trainer.close()
-    return {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
+    return trainer
 
 
 def _keeps_weights(checkpoint: Path) -> bool:

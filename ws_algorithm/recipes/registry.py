@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from composer import algorithms, callbacks, loggers, optim
@@ -15,15 +16,17 @@ from torch import optim as torch_optim
 
 from ws_algorithm.algorithm import WeightStandardization
 from ws_algorithm.recipes.data.classification import build_digits_dataspec, build_fashion_mnist_dataspec
+from ws_algorithm.recipes.early_stopper import EarlyStopper
 from ws_algorithm.recipes.models.classification import build_cifar_resnet
 
 Registry = dict[str, Callable[..., Any]]
 
 
-def _classes(module: Any, base: type) -> Registry:
-    """The concrete public classes of a module that derive from `base`, by name."""
+def _classes(modules: tuple[ModuleType, ...], base: type) -> Registry:
+    """The concrete public classes of modules that derive from `base`, by name."""
     return {
         name: member
+        for module in modules
         for name, member in inspect.getmembers(module, inspect.isclass)
         if issubclass(member, base) and member is not base and not inspect.isabstract(member)
     }
@@ -36,11 +39,16 @@ DATA: Registry = {
     "digits": build_digits_dataspec,
     "fashion_mnist": build_fashion_mnist_dataspec,
 }
-OPTIMIZERS: Registry = _classes(torch_optim, torch_optim.Optimizer) | _classes(optim, torch_optim.Optimizer)
-SCHEDULERS: Registry = _classes(optim, ComposerScheduler)
-ALGORITHMS: Registry = _classes(algorithms, Algorithm) | {"WeightStandardization": WeightStandardization}
-CALLBACKS: Registry = _classes(callbacks, Callback)
-LOGGERS: Registry = _classes(loggers, LoggerDestination)
+# LBFGS evaluates the loss again within a step, SparseAdam takes sparse gradients: the Trainer has neither
+OPTIMIZERS: Registry = {
+    name: optimizer
+    for name, optimizer in _classes((torch_optim, optim), torch_optim.Optimizer).items()
+    if name not in ("LBFGS", "SparseAdam")
+}
+SCHEDULERS: Registry = _classes((optim,), ComposerScheduler)
+ALGORITHMS: Registry = _classes((algorithms,), Algorithm) | {"WeightStandardization": WeightStandardization}
+CALLBACKS: Registry = _classes((callbacks,), Callback) | {"EarlyStopper": EarlyStopper}
+LOGGERS: Registry = _classes((loggers,), LoggerDestination)
 
 # Loggers that write files: which argument says where, and where it is in a run folder
 LOGGER_FILES = {

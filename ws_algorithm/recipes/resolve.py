@@ -137,7 +137,7 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
     errors: list[str] = []
 
     def attempt(key: str, make: Callable[[], Any]) -> Any:
-        if any(error.startswith((f"`{key}`", f"`{key}.")) for error in found):
+        if any(error.startswith((f"`{key}`", f"`{key}.", f"`{key.partition('.')[0]}`")) for error in found):
             return None
         try:
             return make()
@@ -157,9 +157,22 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
         elif recipe.optimizers:
             options = {option: value for option, value in recipe.optimizers.items() if option != "param_groups"}
             attempt("optimizers", lambda: build.build_optimizer(replace(recipe, optimizers=options), nn.Linear(1, 1)))
-    if model is not None and recipe.monitor is not None:
+        groups = (recipe.optimizers or {}).get("param_groups")
+        for position, group in enumerate(groups if isinstance(groups, list) else []):
+            if isinstance(group, dict):
+                attempt(f"optimizers.param_groups[{position}]", partial(_try_group, recipe, group))
+    if recipe.monitor is not None and recipe.eval_dataloader is None:
+        errors.append(f"`monitor` (={recipe.monitor!r}): nothing is evaluated, since `eval_dataloader` is null.")
+    elif model is not None and recipe.monitor is not None:
         errors += _check_monitor(recipe.monitor, model.get_metrics(is_train=False))
     return errors
+
+
+def _try_group(recipe: Recipe, group: dict[str, Any]) -> None:
+    """Build the optimizer with a group's options as its own: torch judges only these."""
+    block = {key: value for key, value in recipe.optimizers.items() if key != "param_groups"}
+    options = {key: value for key, value in group.items() if key != "params"}
+    build.build_optimizer(replace(recipe, optimizers=block | options), nn.Linear(1, 1))
 
 
 def _try_scheduler(recipe: Recipe) -> None:

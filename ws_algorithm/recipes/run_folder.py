@@ -11,6 +11,7 @@ import glob
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 RECIPE = "recipe.yaml"
@@ -25,14 +26,14 @@ _LATEST = "latest-rank0.pt"
 _CHECKPOINT = re.compile(r"ep\d+-ba(?P<batch>\d+)-rank0\.pt")
 
 
-def choose_run_folder(
+def claim_run_folder(
     save_folder: str, run_name: str | None, default_name: str, *, autoresume: bool, overwrite: bool
 ) -> tuple[Path, str]:
-    """The folder and the name of a run.
+    """Choose the folder and the name of a run, and make the folder.
 
     A folder that holds a run is used again only to continue it (`autoresume`) or to replace it (`overwrite`). When the
-    name was not chosen by the user, a number is appended to `default_name` until the folder is free; `autoresume`
-    then continues the run with the highest number.
+    name was not chosen by the user, a number is appended to `default_name` until the folder is new, also to runs that
+    start at the same moment; `autoresume` then continues the run with the highest number.
 
     Args:
         save_folder: May contain ``{run_name}``.
@@ -41,11 +42,13 @@ def choose_run_folder(
 
     Raises:
         ValueError: If the folder holds a run and may not be used again.
+        OSError: If it cannot be made.
     """
+    again = autoresume or overwrite
+    if run_name is None and "{run_name}" in save_folder and not again:
+        return _claim_new_folder(save_folder, default_name)
     if run_name is None and "{run_name}" in save_folder:
-        taken = _taken_numbers(save_folder, default_name)
-        highest = max(taken, default=1)
-        run_name = _numbered(default_name, highest if not taken or autoresume or overwrite else highest + 1)
+        run_name = _numbered(default_name, max(_taken_numbers(save_folder, default_name, _holds_run), default=1))
     run_name = run_name or default_name
     folder = _folder(save_folder, run_name)
     if _holds_run(folder) and not (autoresume or overwrite):
@@ -53,6 +56,7 @@ def choose_run_folder(
             f"`save_folder` (={str(folder)!r}) already holds a run. Use autoresume=true to continue it, "
             "save_overwrite=true to replace it, or another save_folder or run_name."
         )
+    folder.mkdir(parents=True, exist_ok=True)
     return folder, run_name
 
 
@@ -129,12 +133,23 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}-{number}"
 
 
-def _taken_numbers(save_folder: str, name: str) -> list[int]:
+def _claim_new_folder(save_folder: str, name: str) -> tuple[Path, str]:
+    number = max(_taken_numbers(save_folder, name, Path.exists), default=0) + 1
+    while True:
+        folder = _folder(save_folder, _numbered(name, number))
+        try:
+            folder.mkdir(parents=True)
+            return folder, _numbered(name, number)
+        except FileExistsError:  # another process was faster
+            number += 1
+
+
+def _taken_numbers(save_folder: str, name: str, is_taken: Callable[[Path], bool]) -> list[int]:
     """The numbers under which runs of a name are there already."""
     numbers = [1]
     for path in glob.glob(str(_folder(glob.escape(save_folder), f"{glob.escape(name)}-*"))):
         numbers += [int(number) for number in re.findall(rf"{re.escape(name)}-([0-9]+)", path)]
-    return [number for number in numbers if _holds_run(_folder(save_folder, _numbered(name, number)))]
+    return [number for number in numbers if is_taken(_folder(save_folder, _numbered(name, number)))]
 
 
 def _folder(save_folder: str, run_name: str) -> Path:

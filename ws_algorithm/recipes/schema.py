@@ -102,6 +102,9 @@ class Recipe:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 _FIELD_TYPES = get_type_hints(Recipe)
+_NAMED, _MAPPING = "{name: <name>, <argument>: <value>}", "{<class>: {<argument>: <value>}}"
+BLOCKS = dict.fromkeys(("model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers"), _NAMED)
+BLOCKS |= dict.fromkeys(("algorithms", "callbacks", "loggers"), _MAPPING)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
@@ -124,6 +127,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list
         if key not in FIELDS:
             errors.append(f"`{key}`: unknown key.{did_you_mean(str(key), FIELDS)}")
             reported.add(nearest(str(key), FIELDS) or "")
+            continue
+        if key in BLOCKS and not isinstance(value, dict) and (value is not None or FIELDS[key].default is MISSING):
+            errors.append(f"`{key}` (={value!r}) must be a block of `name: value` lines, such as {BLOCKS[key]}.")
             continue
         try:
             setattr(recipe, key, _typed(key, value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -55,6 +56,8 @@ def check_arguments(
             errors.append(ArgumentError(name, "missing"))
         elif value is None and name in named and named[name].default is None:
             converted[name] = None  # whatever the annotation says
+        elif isinstance(value, float) and math.isnan(value):
+            errors.append(ArgumentError(name, "(=nan) must be a number"))
         else:
             try:
                 converted[name] = _convert(value, hints.get(name, Any))

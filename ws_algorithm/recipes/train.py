@@ -14,7 +14,7 @@ from typing import Any
 import composer
 import torch
 from composer import Trainer
-from composer.callbacks import LRMonitor
+from composer.callbacks import CheckpointSaver, LRMonitor
 from composer.core import DataSpec
 from composer.models import ComposerModel
 from composer.utils import dist, get_device, reproducibility
@@ -68,15 +68,19 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
     recipe, folder = _open_run_folder(source, recipe)
     progress_bar = sys.stderr.isatty() if recipe.progress_bar is None else recipe.progress_bar
     with build.cpu_threads(recipe), _logging_to(folder / run_folder.LOG, epochs_on_screen=not progress_bar):
+        try:
+            trainer = _build_trainer(recipe, folder, data, progress_bar)
+        except Exception as error:  # whatever Composer says of the arguments or of the checkpoint
+            log.error("The Trainer could not be built", exc_info=True)
+            problem = f"the Trainer refuses it: {' '.join(str(error).split())[:400]}"
+            raise RecipeError(source, [f"{problem} (traceback in {folder / run_folder.LOG})"]) from error
         _keep_recipe(recipe, folder)
-        if recipe.precision == "amp_bf16" and not torch.cuda.is_available():
-            log.warning("`precision` amp_bf16 has no effect: without a GPU, Composer computes in fp32.")
-        trainer = _build_trainer(recipe, folder, data, progress_bar)
         if _is_complete(trainer):
             log.info("%s is already trained for %s; nothing is left to do.", folder, recipe.max_duration)
         else:
             trainer.fit()
         trainer.close()
+        _clean_up(trainer)
         if dist.get_global_rank() == 0:
             run_folder.remove_old_checkpoints(folder, recipe.save_num_checkpoints_to_keep)
             _report(trainer, folder)
@@ -98,7 +102,7 @@ def _open_run_folder(source: str, recipe: Recipe) -> tuple[Recipe, Path]:
 
 def _choose_and_prepare(default_name: str, recipe: Recipe) -> tuple[Path, str] | ValueError:
     try:
-        folder, run_name = run_folder.choose_run_folder(
+        folder, run_name = run_folder.claim_run_folder(
             recipe.save_folder,
             recipe.run_name,
             default_name,
@@ -107,7 +111,8 @@ def _choose_and_prepare(default_name: str, recipe: Recipe) -> tuple[Path, str] |
         )
     except ValueError as error:
         return error
-    folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return ValueError(f"`save_folder` (={recipe.save_folder!r}) cannot be made: {error}")
     if recipe.autoresume:
         run_folder.repair_checkpoints(folder)
     else:
@@ -161,6 +166,13 @@ def _own_callbacks(recipe: Recipe, model: ComposerModel, folder: Path) -> list[A
     return callbacks
 
 
+def _clean_up(trainer: Trainer) -> None:
+    """Remove the temporary folder that Composer leaves to the garbage collector, which warns."""
+    for callback in trainer.state.callbacks:
+        if isinstance(callback, CheckpointSaver):
+            callback.tmp_dir_for_symlink.cleanup()
+
+
 def _is_complete(trainer: Trainer) -> bool:
     duration = trainer.state.max_duration
     assert duration is not None
@@ -193,6 +205,7 @@ def _logging_to(path: Path, *, epochs_on_screen: bool) -> Iterator[None]:
         handlers = [logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()]
         handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers[1].addFilter(lambda record: epochs_on_screen or record.name != RunLog.__module__)
+        handlers[1].addFilter(lambda record: not record.exc_info)
     for handler in handlers:
         handler.addFilter(lambda record: record.name.startswith("ws_algorithm") or record.levelno >= logging.WARNING)
         root.addHandler(handler)

@@ -79,6 +79,10 @@ def _check_numbers(recipe: Recipe) -> Iterable[str]:
 def _check_places(recipe: Recipe) -> Iterable[str]:
     if recipe.autoresume and recipe.save_overwrite:
         yield "`save_overwrite` and `autoresume` cannot both be true: one replaces a run, the other continues it."
+    if recipe.run_name is not None and (recipe.run_name in ("", ".", "..") or "/" in recipe.run_name):
+        yield f"`run_name` (={recipe.run_name!r}) must be a plain name; save_folder says where the run is."
+    if not recipe.save_folder:
+        yield "`save_folder` (='') must name a folder."
     if "://" in recipe.save_folder:
         yield (
             f"`save_folder` (={recipe.save_folder!r}) must be a local folder. To upload checkpoints as well, add the "
@@ -86,7 +90,7 @@ def _check_places(recipe: Recipe) -> Iterable[str]:
         )
     if recipe.load_path is None or "://" in recipe.load_path or recipe.autoresume:
         return
-    path = Path(recipe.load_path)
+    path = Path(recipe.load_path.replace("{rank}", "0"))
     if not path.exists():
         yield f"`load_path` (={recipe.load_path!r}): there is no such file."
     elif not (zipfile.is_zipfile(path) if path.is_file() else (path / ".metadata").exists()):
@@ -106,8 +110,12 @@ def _check_device(recipe: Recipe) -> Iterable[str]:
         return
     if recipe.device_train_microbatch_size == "auto":
         yield "`device_train_microbatch_size` (='auto') needs a GPU; give a number of images."
-    if recipe.precision is not None and recipe.precision.lower() in ("amp_fp16", "amp_fp8"):
-        yield f"`precision` (={recipe.precision!r}) needs a GPU; use fp32."
+    if (
+        recipe.precision is not None
+        and recipe.precision.lower() in _CHOICES["precision"]
+        and recipe.precision != "fp32"
+    ):
+        yield f"`precision` (={recipe.precision!r}) needs a GPU: Composer computes in fp32 alone on a CPU."
 
 
 def _check_configs(recipe: Recipe) -> Iterable[str]:
