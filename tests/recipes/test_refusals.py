@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import FEW
 
 from ws_algorithm.recipes.evaluate import evaluate
 from ws_algorithm.recipes.schema import RecipeError
 from ws_algorithm.recipes.train import train
+
+from .runs import FEW
 
 
 @pytest.mark.parametrize("change", ["model.width=32", "algorithms=null"])
