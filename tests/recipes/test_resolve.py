@@ -254,6 +254,12 @@ def test_options_of_a_group_are_judged_by_the_optimizer(weight_decay):
         ("optimizers={name: LBFGS}", "optimizers.name"),
         ("optimizers.lr=.nan", "optimizers.lr"),
         ("precision=amp_bf16", "precision"),
+        ("model.width=0", "model"),
+        ("callbacks={EarlyStopper: {monitor: Accuracy, dataloader_label: eval}}", "callbacks.EarlyStopper.monitor"),
+        (
+            "callbacks={EarlyStopper: {monitor: CrossEntropy, dataloader_label: train}}",
+            "callbacks.EarlyStopper.monitor",
+        ),
     ],
 )
 def test_what_a_run_cannot_have_is_refused(override, key, monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from composer.core import Time, Timestamp, TimeUnit
+from composer.models import ComposerModel
 from composer.utils import dist
 from torch import nn
 
@@ -161,6 +162,8 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
         for position, group in enumerate(groups if isinstance(groups, list) else []):
             if isinstance(group, dict):
                 attempt(f"optimizers.param_groups[{position}]", partial(_try_group, recipe, group))
+    if model is not None:
+        errors += _check_stoppers(recipe, model)
     if recipe.monitor is not None and recipe.eval_dataloader is None:
         errors.append(f"`monitor` (={recipe.monitor!r}): nothing is evaluated, since `eval_dataloader` is null.")
     elif model is not None and recipe.monitor is not None:
@@ -183,6 +186,19 @@ def _try_scheduler(recipe: Recipe) -> None:
         epoch = Time(1_000_000, TimeUnit.BATCH)  # long, so that no warm-up is too long for it
         start: Any = SimpleNamespace(max_duration=duration, timestamp=Timestamp(), dataloader_len=epoch)
         scheduler(start, recipe.scale_schedule_ratio)
+
+
+def _check_stoppers(recipe: Recipe, model: ComposerModel) -> list[str]:
+    """Callbacks that watch a metric look for it only after the first epoch."""
+    errors = []
+    for name in ("EarlyStopper", "ThresholdStopper"):
+        stopper = (recipe.callbacks or {}).get(name)
+        if isinstance(stopper, dict) and {"monitor", "dataloader_label"} <= set(stopper):
+            metrics = list(model.get_metrics(is_train=stopper["dataloader_label"] == "train"))
+            if stopper["monitor"] not in metrics:
+                problem = f"unknown metric {stopper['monitor']!r}.{did_you_mean(str(stopper['monitor']), metrics)}"
+                errors.append(f"`callbacks.{name}.monitor`: {problem}")
+    return errors
 
 
 def _check_monitor(monitor: str, metrics: dict[str, Any]) -> list[str]:

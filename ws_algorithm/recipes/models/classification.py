@@ -30,7 +30,7 @@ class CifarResNet(nn.Module):
     Shapes: ``(N, in_channels, H, W)`` to ``(N, num_classes)``.
 
     Raises:
-        ValueError: If `depth` is not 6 n + 2 with n of at least 1.
+        ValueError: If `depth` is not 6 n + 2 with n of at least 1, or another number is not positive.
 
     Source: He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2 (shortcut option B).
     """
@@ -39,6 +39,9 @@ class CifarResNet(nn.Module):
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"`depth` (={depth}) must be 6 n + 2 with n of at least 1: 8, 14, 20, 32, 44, 56 or 110.")
+        for argument, value in (("width", width), ("num_classes", num_classes), ("in_channels", in_channels)):
+            if value < 1:
+                raise ValueError(f"`{argument}` (={value}) must be at least 1.")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = norm_layer(width)
