@@ -68,13 +68,8 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
     recipe, folder = _open_run_folder(source, recipe)
     progress_bar = sys.stderr.isatty() if recipe.progress_bar is None else recipe.progress_bar
     with build.cpu_threads(recipe), _logging_to(folder / run_folder.LOG, epochs_on_screen=not progress_bar):
-        try:
-            trainer = _build_trainer(recipe, folder, data, progress_bar)
-        except Exception as error:  # whatever Composer says of the arguments or of the checkpoint
-            log.error("The Trainer could not be built", exc_info=True)
-            problem = f"the Trainer refuses it: {' '.join(str(error).split())[:400]}"
-            raise RecipeError(source, [f"{problem} (traceback in {folder / run_folder.LOG})"]) from error
-        _keep_recipe(recipe, folder)
+        trainer = _build_or_refuse(source, recipe, folder, data, progress_bar)
+        _keep_recipe(recipe, folder)  # not before: a run that cannot go on keeps its own
         if _is_complete(trainer):
             log.info("%s is already trained for %s; nothing is left to do.", folder, recipe.max_duration)
         else:
@@ -137,6 +132,17 @@ def _keep_recipe(recipe: Recipe, folder: Path) -> None:
             log.warning("%s continues with a changed recipe: %s.", folder, "; ".join(changed))
     versions = f"ws-algorithm {ws_algorithm.__version__}, Composer {composer.__version__}, torch {torch.__version__}"
     run_folder.write_atomically(path, f"# {recipe.run_name}: resolved recipe; {versions}\n{to_yaml(recipe)}")
+
+
+def _build_or_refuse(
+    source: str, recipe: Recipe, folder: Path, data: list[DataSpec | None], progress_bar: bool
+) -> Trainer:
+    try:
+        return _build_trainer(recipe, folder, data, progress_bar)
+    except Exception as error:  # whatever Composer says of the arguments or of the checkpoint
+        log.error("The Trainer could not be built", exc_info=True)
+        problem = f"the Trainer refuses it: {' '.join(str(error).split())[:400]}"
+        raise RecipeError(source, [f"{problem} (traceback in {folder / run_folder.LOG})"]) from error
 
 
 def _build_trainer(recipe: Recipe, folder: Path, data: list[DataSpec | None], progress_bar: bool) -> Trainer:
