@@ -113,3 +113,23 @@ def test_threads_are_those_of_the_recipe_while_it_runs(wanted, during):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(outside)
+
+
+def first_labels(seed: int) -> list[int]:
+    recipe = resolve_recipe("quickstart", [f"seed={seed}"])
+    spec = build.build_data("quickstart", recipe, "train_dataloader", training=True)
+    assert spec is not None
+    return next(iter(spec.dataloader))[1].tolist()
+
+
+def test_the_seed_of_the_recipe_decides_the_order_of_images():
+    assert first_labels(0) == first_labels(0) != first_labels(1)
+
+
+def test_a_device_gets_its_share_of_a_batch(monkeypatch):
+    monkeypatch.setattr(build.dist, "get_world_size", lambda: 2)
+    recipe = resolve_recipe("quickstart")
+
+    spec = build.build_data("quickstart", recipe, "train_dataloader", training=True)
+
+    assert spec is not None and len(next(iter(spec.dataloader))[1]) == 16 // 2
