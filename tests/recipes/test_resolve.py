@@ -268,6 +268,13 @@ def test_what_a_run_cannot_have_is_refused(override, key, monkeypatch):
     assert [mistake.partition("`")[2].partition("`")[0] for mistake in mistakes(override)] == [key]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "FP32"])
+def test_full_precision_needs_no_gpu(precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert resolve_recipe("quickstart", [f"precision={precision}"]).precision == precision
+
+
 def test_a_monitor_needs_an_evaluation():
     (mistake,) = mistakes("eval_dataloader=null", "monitor=MulticlassAccuracy")
 

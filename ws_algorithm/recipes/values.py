@@ -21,6 +21,7 @@ _CHOICES: dict[str, list[str]] = {
     "ddp_sync_strategy": [strategy.value for strategy in DDPSyncStrategy],
     "python_log_level": ["debug", "info", "warning", "error", "critical"],
 }
+_NEEDING_A_GPU = [precision for precision in _CHOICES["precision"] if precision != Precision.FP32.value]
 _DURATIONS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN)
 _INTERVALS = (*_DURATIONS, TimeUnit.DURATION)
 _TIMES = {
@@ -34,10 +35,8 @@ _COUNTS = ("train_subset_num_batches", "eval_subset_num_batches", "save_num_chec
 
 def check_values(recipe: Recipe) -> list[str]:
     """The mistakes in values that stand for themselves, each a line that begins with its key."""
-    return [*_check_times(recipe), *_check_choices(recipe), *_check_numbers(recipe), *_check_places(recipe)] + [
-        *_check_device(recipe),
-        *_check_configs(recipe),
-    ]
+    checks = (_check_times, _check_choices, _check_numbers, _check_places, _check_device, _check_configs)
+    return [mistake for check in checks for mistake in check(recipe)]
 
 
 def _check_times(recipe: Recipe) -> Iterable[str]:
@@ -110,11 +109,7 @@ def _check_device(recipe: Recipe) -> Iterable[str]:
         return
     if recipe.device_train_microbatch_size == "auto":
         yield "`device_train_microbatch_size` (='auto') needs a GPU; give a number of images."
-    if (
-        recipe.precision is not None
-        and recipe.precision.lower() in _CHOICES["precision"]
-        and recipe.precision != "fp32"
-    ):
+    if recipe.precision is not None and recipe.precision.lower() in _NEEDING_A_GPU:
         yield f"`precision` (={recipe.precision!r}) needs a GPU: Composer computes in fp32 alone on a CPU."
 
 
