@@ -55,5 +55,10 @@ class BestCheckpoint(Callback):
 
 def default_monitor(metrics: dict[str, Any]) -> str | None:
     """The last metric that says whether higher or lower is better."""
-    known = [name for name, metric in metrics.items() if metric.higher_is_better is not None]
+    known = monitorable(metrics)
     return known[-1] if known else None
+
+
+def monitorable(metrics: dict[str, Any]) -> list[str]:
+    """The metrics that say whether higher or lower is better."""
+    return [name for name, metric in metrics.items() if metric.higher_is_better is not None]

@@ -78,10 +78,14 @@ def build_loggers(recipe: Recipe) -> list[LoggerDestination]:
     return _build_each(registry.LOGGERS, blocks)
 
 
+def group_options(group: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter group says of the optimizer, without which parameters are in it."""
+    return {option: value for option, value in group.items() if option != "params"}
+
+
 def _typed_group(optimizer: str, group: dict[str, Any]) -> dict[str, Any]:
     """A parameter group with its options as the optimizer takes them: ``"1e-3"`` is 0.001."""
-    options = {option: value for option, value in group.items() if option != "params"}
-    converted, _ = check_arguments(registry.OPTIMIZERS[optimizer], options, ("params",))
+    converted, _ = check_arguments(registry.OPTIMIZERS[optimizer], group_options(group), ("params",))
     return {"params": group.get("params"), **converted}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer import Trainer
@@ -13,7 +14,7 @@ from composer.utils import dist, get_device, reproducibility
 
 from ws_algorithm.recipes import build, report, run_folder
 from ws_algorithm.recipes.resolve import resolve_recipe
-from ws_algorithm.recipes.schema import Recipe, RecipeError
+from ws_algorithm.recipes.schema import Recipe, RecipeError, in_one_line
 
 
 def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -51,9 +52,7 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
         try:
             trainer = _build_trainer(recipe, data, checkpoint)
         except Exception as error:  # whatever Composer says of the arguments or of the checkpoint
-            raise RecipeError(
-                source, [f"`load_path` (={checkpoint!r}): {' '.join(str(error).split())[:400]}"]
-            ) from error
+            raise RecipeError(source, [f"`load_path` (={checkpoint!r}): {in_one_line(error)}"]) from error
         trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
         trainer.close()
     values = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
@@ -67,31 +66,31 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
 def _build_trainer(recipe: Recipe, data: DataSpec | None, checkpoint: str) -> Trainer:
     reproducibility.seed_all(recipe.seed)
     model = build.build_model(recipe)
-    keeps_weights = _keeps_weights(Path(checkpoint))
+    with_algorithms = _state_with_algorithms(Path(checkpoint))
     trainer = Trainer(
         model=model,
         optimizers=build.build_optimizer(recipe, model),  # not used; without one, Composer makes its own and warns
         eval_dataloader=data,
         algorithms=build.build_algorithms(recipe),
         load_path=checkpoint,
-        load_weights_only=not keeps_weights,
+        load_weights_only=with_algorithms is None,
         load_strict_model_weights=recipe.load_strict_model_weights,
         precision=recipe.precision,
         device=recipe.device,
         seed=recipe.seed,
         progress_bar=False,
     )
-    if keeps_weights and recipe.load_strict_model_weights:  # Composer is strict only when it loads weights alone
-        model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=False)["state"]["model"])
+    if with_algorithms is not None and recipe.load_strict_model_weights:  # Composer is strict with weights alone
+        model.load_state_dict(with_algorithms["model"])
     return trainer
 
 
-def _keeps_weights(checkpoint: Path) -> bool:
-    """Whether an algorithm has state in a checkpoint of a run: EMA and SWA evaluate weights that they keep there."""
+def _state_with_algorithms(checkpoint: Path) -> dict[str, Any] | None:
+    """A run's checkpoint if algorithms have state in it: EMA and SWA evaluate weights that they keep there."""
     if not run_folder.is_of_a_run(checkpoint) or not checkpoint.is_file():
-        return False
+        return None
     state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["state"]
-    return any(set(kept) - {"repr"} for _, kept in state.get("algorithms", []))
+    return state if any(set(kept) - {"repr"} for _, kept in state.get("algorithms", [])) else None
 
 
 def _checkpoint_of(source: str, folder: Path) -> Path:

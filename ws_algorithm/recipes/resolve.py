@@ -19,9 +19,10 @@ from composer.utils import dist
 from torch import nn
 
 from ws_algorithm.recipes import build, registry
+from ws_algorithm.recipes.best_checkpoint import monitorable
 from ws_algorithm.recipes.catalogue import find_recipe
 from ws_algorithm.recipes.schema import Recipe, RecipeError, check_batch_sizes, did_you_mean, first_line, read_recipe
-from ws_algorithm.recipes.signatures import check_arguments
+from ws_algorithm.recipes.signatures import MISSING_VALUE, check_arguments
 from ws_algorithm.recipes.values import check_values
 
 # block -> the names it may have, the arguments that are filled in by the run
@@ -72,7 +73,7 @@ def _check_named_block(
     key: str, block: dict[str, Any], names: registry.Registry, supplied: tuple[str, ...]
 ) -> list[str]:
     name = block.get("name")
-    if not isinstance(name, str) or name == "???":
+    if not isinstance(name, str) or name == MISSING_VALUE:
         return [f"`{key}.name`: missing.{did_you_mean('', names)}"]
     arguments = {argument: value for argument, value in block.items() if argument != "name"}
     errors = []
@@ -122,7 +123,7 @@ def _check_param_groups(optimizer: str, groups: Any) -> list[str]:
         return [f"`optimizers.param_groups` (={groups!r}) must be a list of {{params: ..., <option>: <value>}}."]
     errors = []
     for position, group in enumerate(groups):
-        options = {option: value for option, value in group.items() if option != "params"}
+        options = build.group_options(group)
         _, mistakes = check_arguments(registry.OPTIMIZERS[optimizer], options, ("params",))
         errors += [
             f"`optimizers.param_groups[{position}].{mistake.name}`: {mistake.problem}."
@@ -156,12 +157,14 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
         if recipe.optimizers and model is not None:
             attempt("optimizers", lambda: build.build_optimizer(recipe, model))
         elif recipe.optimizers:
-            options = {option: value for option, value in recipe.optimizers.items() if option != "param_groups"}
-            attempt("optimizers", lambda: build.build_optimizer(replace(recipe, optimizers=options), nn.Linear(1, 1)))
+            attempt("optimizers", lambda: _try_optimizer(recipe))
         groups = (recipe.optimizers or {}).get("param_groups")
         for position, group in enumerate(groups if isinstance(groups, list) else []):
             if isinstance(group, dict):
-                attempt(f"optimizers.param_groups[{position}]", partial(_try_group, recipe, group))
+                attempt(
+                    f"optimizers.param_groups[{position}]",
+                    partial(_try_optimizer, recipe, **build.group_options(group)),
+                )
     if model is not None:
         errors += _check_stoppers(recipe, model)
     if recipe.monitor is not None and recipe.eval_dataloader is None:
@@ -171,11 +174,10 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
     return errors
 
 
-def _try_group(recipe: Recipe, group: dict[str, Any]) -> None:
-    """Build the optimizer with a group's options as its own: torch judges only these."""
-    block = {key: value for key, value in recipe.optimizers.items() if key != "param_groups"}
-    options = {key: value for key, value in group.items() if key != "params"}
-    build.build_optimizer(replace(recipe, optimizers=block | options), nn.Linear(1, 1))
+def _try_optimizer(recipe: Recipe, **options: Any) -> None:
+    """Build the optimizer without the model, with the options of a group as its own: torch judges only these."""
+    block = recipe.optimizers | options | {"param_groups": None}
+    build.build_optimizer(replace(recipe, optimizers=block), nn.Linear(1, 1))
 
 
 def _try_scheduler(recipe: Recipe) -> None:
@@ -202,7 +204,7 @@ def _check_stoppers(recipe: Recipe, model: ComposerModel) -> list[str]:
 
 
 def _check_monitor(monitor: str, metrics: dict[str, Any]) -> list[str]:
-    known = [name for name, metric in metrics.items() if metric.higher_is_better is not None]
+    known = monitorable(metrics)
     if monitor in known:
         return []
     problem = "does not say whether higher or lower is better" if monitor in metrics else "is no metric of the model"

@@ -195,11 +195,16 @@ def first_line(error: Exception) -> str:
     return text.rstrip(".") or type(error).__name__
 
 
+def in_one_line(error: Exception) -> str:
+    """All that an exception says, up to 400 characters, without its line breaks."""
+    return " ".join(str(error).split())[:400]
+
+
 def _load_mapping(path: Path) -> Any:
     try:
         config = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise RecipeError(str(path), [f"not valid YAML: {' '.join(str(error).split())}"]) from error
+        raise RecipeError(str(path), [f"not valid YAML: {in_one_line(error)}"]) from error
     except OSError as error:  # OmegaConf's error for a file that holds a scalar, or a file that cannot be read
         raise RecipeError(str(path), [f"not a recipe: {first_line(error)}."]) from error
     if not OmegaConf.is_dict(config):

@@ -25,22 +25,14 @@ from ws_algorithm.recipes.best_checkpoint import BestCheckpoint, default_monitor
 from ws_algorithm.recipes.catalogue import find_recipe
 from ws_algorithm.recipes.resolve import resolve_recipe
 from ws_algorithm.recipes.run_log import RunLog
-from ws_algorithm.recipes.schema import Recipe, RecipeError, read_recipe, to_yaml
+from ws_algorithm.recipes.schema import BLOCKS, Recipe, RecipeError, in_one_line, read_recipe, to_yaml
 
 log = logging.getLogger(__name__)
 
-# Fields of a recipe that the Trainer takes as they are; those that name objects are built first
-_BUILT = {
-    "model",
-    "train_dataloader",
-    "eval_dataloader",
-    "optimizers",
-    "schedulers",
-    "algorithms",
-    "callbacks",
-    "loggers",
-}
-_PASSED = {field.name for field in dataclasses.fields(Recipe)} & set(inspect.signature(Trainer).parameters) - _BUILT
+# Fields of a recipe that the Trainer takes as they are; blocks are built into objects first
+_PASSED = {field.name for field in dataclasses.fields(Recipe)} & set(inspect.signature(Trainer).parameters) - set(
+    BLOCKS
+)
 
 
 def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
@@ -141,7 +133,7 @@ def _build_or_refuse(
         return _build_trainer(recipe, folder, data, progress_bar)
     except Exception as error:  # whatever Composer says of the arguments or of the checkpoint
         log.error("The Trainer could not be built", exc_info=True)
-        problem = f"the Trainer refuses it: {' '.join(str(error).split())[:400]}"
+        problem = f"the Trainer refuses it: {in_one_line(error)}"
         raise RecipeError(source, [f"{problem} (traceback in {folder / run_folder.LOG})"]) from error
 
 
