@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ws_algorithm.parametrization import register_weight_standardizer
+from ws_algorithm.selection import ConvolutionChoice, Rules, select_convolutions
 
 
 class Net(nn.Module):
@@ -64,3 +65,12 @@ def put_a_class_in_front(conv: nn.Module) -> None:
     """What ``torch.distributed.fsdp.fully_shard`` does to a module."""
     mixin = type("Mixin", (), {})
     conv.__class__ = type(f"FSDP{type(conv).__name__}", (mixin, type(conv)), {})
+
+
+def choose(model: nn.Module, n_last_layers_ignore: int = 0) -> tuple[ConvolutionChoice, ...]:
+    return select_convolutions(model, Rules(n_last_layers_ignore)).choices
+
+
+def left_out(model: nn.Module, n_last_layers_ignore: int) -> list[str]:
+    choices = choose(model, n_last_layers_ignore)
+    return [c.name for c in choices if c.skipped_because == f"n_last_layers_ignore={n_last_layers_ignore}"]

@@ -82,6 +82,7 @@ def test_it_logs_the_number_of_standardized_convolutions(n, count):
         WeightStandardization(3),
         WeightStandardization(n_last_layers_ignore=1, formula="paper"),
         WeightStandardization(formula=OWN_FORMULA),
+        WeightStandardization(layers="normalized", include="module.*", exclude=["module.0", "module.1.*"]),
     ],
     ids=repr,
 )
@@ -94,7 +95,9 @@ def test_the_repr_evaluates(algorithm):
 
 
 def test_the_repr_of_the_default():
-    assert repr(WeightStandardization()) == "WeightStandardization(n_last_layers_ignore=0, formula='composer')"
+    assert repr(WeightStandardization()) == (
+        "WeightStandardization(n_last_layers_ignore=0, layers='all', include=None, exclude=None, formula='composer')"
+    )
 
 
 def test_it_is_required_on_load():

@@ -5,14 +5,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_models import Net, conv, defined_in_reverse
+from small_models import Net, choose, conv, defined_in_reverse, left_out
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrize
 from torchvision.models import video
 
+from ws_algorithm.functional import apply_weight_standardization, is_weight_standardized
 from ws_algorithm.parametrization import register_weight_standardizer
-from ws_algorithm.selection import choose_convolutions
+from ws_algorithm.selection import Rules, select_convolutions
 
 
 class PlainSubclass(nn.Conv2d):
@@ -26,13 +27,12 @@ class SubclassWithForward(nn.Conv2d):
         return super().forward(input)
 
 
-def names(model: nn.Module, n_last_layers_ignore: int) -> list[str]:
-    return [choice.name for choice in choose_convolutions(model, n_last_layers_ignore)]
+def names(model: nn.Module, n_last_layers_ignore: int = 0) -> list[str]:
+    return [choice.name for choice in choose(model, n_last_layers_ignore)]
 
 
-def left_out(model: nn.Module, n_last_layers_ignore: int) -> list[str]:
-    choices = choose_convolutions(model, n_last_layers_ignore)
-    return [c.name for c in choices if c.skipped_because == f"n_last_layers_ignore={n_last_layers_ignore}"]
+def is_understood(model: nn.Module) -> bool:
+    return select_convolutions(model, Rules()).failure is None
 
 
 def nested_child_last() -> nn.Module:
@@ -89,28 +89,16 @@ EXECUTION_ORDERS = [
 
 
 @pytest.mark.parametrize("build, expected", EXECUTION_ORDERS)
-def test_order_of_last_use(build, expected, caplog):
+def test_order_of_last_use(build, expected):
     model = build()
-    if build is not EXECUTION_ORDERS[-1][0]:  # a root is traced inside, and this one cannot be
-        with caplog.at_level(logging.WARNING):
-            assert names(model, 1) == expected
-        assert not caplog.records
+    assert names(model) == expected
+    assert is_understood(model)
     for n in range(1, len(expected) + 2):
         assert left_out(model, n) == expected[-n:]
 
 
-@pytest.mark.parametrize("build, expected", EXECUTION_ORDERS)
-def test_without_a_count_all_are_chosen_in_the_order_of_definition(build, expected):
-    choices = choose_convolutions(build())
-
-    defined = [name for name, layer in build().named_modules() if isinstance(layer, nn.Conv2d)]
-    assert [choice.name for choice in choices] == defined
-    assert set(defined) == set(expected)
-    assert all(choice.skipped_because is None for choice in choices)
-
-
 def test_the_name_of_a_model_that_is_a_convolution():
-    assert [str(choice) for choice in choose_convolutions(conv())] == ["(the model itself)"]
+    assert [str(choice) for choice in choose(conv())] == ["(the model itself)"]
 
 
 def test_rank_and_transposition():
@@ -128,26 +116,57 @@ def test_rank_and_transposition():
     ],
     ids=["branch", "number", "len"],
 )
-def test_a_model_that_cannot_be_traced_is_counted_in_the_order_of_definition(call, caplog):
+def test_what_forward_asks_of_its_input_does_not_matter(call):
     model = Net({"head": conv(), "stem": conv()}, ["stem", "head"], call)
 
+    assert names(model) == ["stem", "head"]
+    assert is_understood(model)
+
+
+class EitherFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = conv()
+        self.b = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(self.b(x)) if x.mean() > 0 else self.b(self.a(x))
+
+
+def in_a_loop_over_a_range() -> nn.Module:
+    return Net({"a": conv(), "b": conv()}, ["b", "a"], lambda layer, x: layer(x + torch.arange(x.shape[-1])))
+
+
+@pytest.mark.parametrize("build", [EitherFirst, in_a_loop_over_a_range])
+def test_a_model_that_cannot_be_traced_is_counted_in_the_order_of_definition(build, caplog):
     with caplog.at_level(logging.WARNING, logger="ws_algorithm"):
-        assert left_out(model, 1) == ["stem"]
+        assert apply_weight_standardization(model := build(), 1) == 1
 
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    for part in ("Net", "cannot be traced", "n_last_layers_ignore", "2 convolutions", "defined"):
-        assert part in record.message
+    assert not is_weight_standardized(model.b)
+    message = caplog.records[0].message
+    for part in (type(model).__name__, "cannot be traced", "n_last_layers_ignore", "2 convolutions", "defined"):
+        assert part in message
+    for remedy in ("example_input", "exclude"):
+        assert remedy in message
 
 
-@pytest.mark.parametrize("n, message", [(0, False), (1, True)])
-def test_the_set_does_not_depend_on_whether_the_model_can_be_traced(n, message, caplog):
-    model = Net({"a": conv(), "b": conv()}, ["a"], lambda layer, x: layer(x) if x.sum() else x)
-
+@pytest.mark.parametrize("n", [0, 2, 3])
+@pytest.mark.parametrize("build", [EitherFirst, in_a_loop_over_a_range])
+def test_no_word_of_the_order_where_it_does_not_matter(build, n, caplog):
     with caplog.at_level(logging.WARNING, logger="ws_algorithm"):
-        assert names(model, n) == ["a", "b"]
+        assert apply_weight_standardization(build(), n) == (2 if n == 0 else 0)
 
-    assert bool(caplog.records) == message
+    assert not any("cannot be traced" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("build", [EitherFirst, in_a_loop_over_a_range])
+def test_an_example_input_decides(build, caplog):
+    example = torch.ones(1, 2, 4, 4)
+    with caplog.at_level(logging.WARNING, logger="ws_algorithm"):
+        assert apply_weight_standardization(model := build(), 1, example_input=example) == 1
+
+    assert not is_weight_standardized(model.a)  # executed last with this input
+    assert not any("cannot be traced" in record.message for record in caplog.records)
 
 
 class Wrapper(nn.Module):
@@ -236,7 +255,7 @@ def keep_activation(layer: nn.Module, x: Tensor) -> Tensor:
 def test_a_fan_in_of_one_is_left_alone(cls, n):
     depthwise = cls(4, 4, 1, groups=4)
 
-    choices = {c.name: c.skipped_because for c in choose_convolutions(nn.Sequential(depthwise, cls(4, 4, 1)), n)}
+    choices = {c.name: c.skipped_because for c in choose(nn.Sequential(depthwise, cls(4, 4, 1)), n)}
 
     assert choices["0"] == "fan-in 1: the standardized weight would be 0"
     assert choices["1"] == (None if n == 0 else "n_last_layers_ignore=1")
@@ -249,7 +268,7 @@ def test_layers_that_standardize_their_own_weight_are_left_alone(name):
     own = type(name, (nn.Conv2d,), {})
     derived = type("Derived", (own,), {})
 
-    choices = choose_convolutions(nn.Sequential(own(2, 2, 3), derived(2, 2, 3), nn.Conv2d(2, 2, 3)))
+    choices = choose(nn.Sequential(own(2, 2, 3), derived(2, 2, 3), nn.Conv2d(2, 2, 3)))
 
     reason = f"already standardized by its class {name}"
     assert [choice.skipped_because for choice in choices] == [reason, reason, None]
@@ -259,7 +278,7 @@ def test_a_standardized_convolution_counts_among_the_last():
     model = defined_in_reverse()
     register_weight_standardizer(model.head)
 
-    choices = {choice.name: choice.skipped_because for choice in choose_convolutions(model, 2)}
+    choices = {choice.name: choice.skipped_because for choice in choose(model, 2)}
 
     assert choices == {"stem": None, "body": "n_last_layers_ignore=2", "head": "already standardized"}
 
@@ -272,15 +291,20 @@ def test_standardized_weights_in_a_functional(bias):
             layer.bias = None
     register_weight_standardizer(model.head)
 
-    choices = {choice.name: choice.skipped_because for choice in choose_convolutions(model, 1)}
+    choices = {choice.name: choice.skipped_because for choice in choose(model, 1)}
 
     assert choices == {"stem": None, "body": None, "head": "already standardized"}
 
 
-def test_parametrizations_of_another_kind_are_no_obstacle():
-    model = nn.Sequential(parametrizations.weight_norm(conv()), parametrizations.spectral_norm(conv()))
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
 
-    assert [choice.skipped_because for choice in choose_convolutions(model)] == [None, None]
+
+def test_parametrizations_of_another_kind_are_no_obstacle():
+    model = nn.Sequential(parametrize.register_parametrization(conv(), "weight", Doubled()))
+
+    assert [(choice.skipped_because, choice.refused_because) for choice in choose(model)] == [(None, None)]
 
 
 @pytest.mark.parametrize("builder", [video.r3d_18, video.mc3_18, video.r2plus1d_18])
@@ -290,7 +314,7 @@ def test_convolutions_of_torchvisions_video_models(builder):
         model = builder()
 
     convolutions = {m for m in model.modules() if isinstance(m, nn.Conv3d)}
-    choices = choose_convolutions(model, 1)
+    choices = choose(model, 1)
     assert {choice.module for choice in choices} == convolutions
     assert len(choices) == (37 if builder is video.r2plus1d_18 else 20)  # (2+1)D: each but the shortcuts is two
     (last,) = [choice.name for choice in choices if choice.skipped_because is not None]

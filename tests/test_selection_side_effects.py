@@ -5,15 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from small_models import conv, defined_in_reverse
+from small_models import choose, conv, defined_in_reverse, left_out
 from torch import Tensor, nn
-
-from ws_algorithm.selection import choose_convolutions
-
-
-def left_out(model: nn.Module, n_last_layers_ignore: int) -> list[str]:
-    choices = choose_convolutions(model, n_last_layers_ignore)
-    return [c.name for c in choices if c.skipped_because == f"n_last_layers_ignore={n_last_layers_ignore}"]
 
 
 class Restless(nn.Module):
@@ -61,7 +54,7 @@ def test_nothing_changes(traceable, training):
     model = Restless(traceable).train(training)
     before = everything(model)
 
-    choose_convolutions(model, 1)
+    choose(model, 1)
 
     assert everything(model) == before
     assert (model.calls, model.seen, model.last) == (0, [], None)
@@ -103,7 +96,7 @@ def test_keyboard_interrupt_is_not_swallowed():
     before = everything(model)
 
     with pytest.raises(KeyboardInterrupt):
-        choose_convolutions(model, 1)
+        choose(model, 1)
 
     assert everything(model) == before
     assert left_out(defined_in_reverse(), 1) == ["head"]  # and torch.fx has been left in order

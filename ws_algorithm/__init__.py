@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ws_algorithm.functional import fold_weight_standardization as fold_weight_standardization
     from ws_algorithm.functional import is_weight_standardized as is_weight_standardized
     from ws_algorithm.functional import remove_weight_standardization as remove_weight_standardization
+    from ws_algorithm.inspection import ConvolutionRecord as ConvolutionRecord
+    from ws_algorithm.inspection import inspect_convolutions as inspect_convolutions
     from ws_algorithm.parametrization import WeightStandardizer as WeightStandardizer
 
 __version__ = "0.1.0"
@@ -31,6 +33,8 @@ _FILE_OF = {
     "fold_weight_standardization": "functional",
     "is_weight_standardized": "functional",
     "remove_weight_standardization": "functional",
+    "ConvolutionRecord": "inspection",
+    "inspect_convolutions": "inspection",
     "WeightStandardizer": "parametrization",
 }
 

@@ -14,13 +14,18 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from composer.algorithms import EMA, SWA
+from composer.utils import dist
+from torch import nn
+
 from ws_algorithm.formula import Formula, resolve_formula
-from ws_algorithm.functional import apply_weight_standardization
-from ws_algorithm.selection import check_n_last_layers_ignore
+from ws_algorithm.functional import check_selection, standardize_selection
+from ws_algorithm.layers import standardizers_of
+from ws_algorithm.selection import Layers, Patterns, Rules, Selection, select_convolutions
 
 
 class WeightStandardization(Algorithm):
-    r"""Standardize the weights of all convolutions of the Trainer's model, before training starts.
+    r"""Standardize the weights of the convolutions of the Trainer's model, before training starts.
 
     .. math:: \hat{W}_{o} = (W_{o} - \mu_{o}) / s_{o}
 
@@ -28,40 +33,146 @@ class WeightStandardization(Algorithm):
     hyperparameter ``WeightStandardization/num_weights_standardized``. A drop-in for
     ``composer.algorithms.WeightStandardization``.
 
+    Its place in the Trainer's list does not matter. Algorithms that replace layers on ``Event.INIT`` (BlurPool,
+    Factorize, StochasticDepth, ...) come first, and copies of the model that EMA and SWA have made are made again. If a
+    standardized convolution is replaced later than that, ``fit`` stops before the first batch.
+
     A checkpoint of a run with this algorithm needs the algorithm again when it is loaded (``required_on_load()`` is
     ``True``). Composer finds algorithms to add by itself only among its own, so name it in ``algorithms`` when loading.
 
     Args:
         n_last_layers_ignore: How many convolutions, counted from the one that is executed last, are left alone: those
             of a prediction head. Default: ``0``.
+        layers: ``"all"``, or ``"normalized"`` for the authors' rule: only convolutions that a normalization layer
+            follows. Default: ``"all"``.
+        include: Qualified names of layers in the Trainer's model, or ``fnmatch`` patterns; only convolutions that one
+            of them matches are standardized. ``None`` for no such rule. Default: ``None``.
+        exclude: The same; convolutions that one of them matches are left alone. Default: ``None``.
         formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``) or a
             :class:`~ws_algorithm.formula.Formula`. Default: ``"composer"``.
 
     Raises:
-        ValueError: If an argument is not of that kind.
+        ValueError: If an argument is not of that kind; from the Trainer, if a convolution cannot be standardized, or the
+            ranks of a distributed run would standardize different ones; from ``fit``, if standardized convolutions are
+            gone.
 
     Source: https://arxiv.org/abs/1903.10520.
 
     Example:
-        >>> WeightStandardization(n_last_layers_ignore=1)
-        WeightStandardization(n_last_layers_ignore=1, formula='composer')
+        >>> WeightStandardization(layers="normalized")
+        WeightStandardization(n_last_layers_ignore=0, layers='normalized', include=None, exclude=None, formula='composer')
     """
 
-    def __init__(self, n_last_layers_ignore: int = 0, *, formula: str | Formula = "composer") -> None:
-        self.n_last_layers_ignore = check_n_last_layers_ignore(n_last_layers_ignore)
-        resolve_formula(formula)
+    def __init__(
+        self,
+        n_last_layers_ignore: int = 0,
+        *,
+        layers: Layers = "all",
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+        formula: str | Formula = "composer",
+    ) -> None:
+        self._rules = Rules(n_last_layers_ignore, layers, include, exclude)
+        self._resolved_formula = resolve_formula(formula)
+        self.n_last_layers_ignore = self._rules.n_last_layers_ignore
         self.formula = formula
+        self._standardized: dict[str, nn.Module] = {}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(n_last_layers_ignore={self.n_last_layers_ignore}, formula={self.formula!r})"
+        rules = self._rules
+        return (
+            f"{type(self).__name__}(n_last_layers_ignore={rules.n_last_layers_ignore}, layers={rules.layers!r}, "
+            f"include={rules.include!r}, exclude={rules.exclude!r}, formula={self.formula!r})"
+        )
 
     @staticmethod
     def required_on_load() -> bool:
         return True
 
     def match(self, event: Event, state: State) -> bool:
+        if event == Event.INIT:
+            return not _deferred(self, state.algorithms)
+        return event == Event.FIT_START and bool(self._standardized)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.FIT_START:
+            _check_still_standardized(self._standardized, state.model)
+            return
+        selection = _select_on_all_ranks(state.model, self._rules)
+        count = standardize_selection(selection, self._resolved_formula)
+        self._standardized |= {str(choice): choice.module for choice in selection.chosen}
+        logger.log_hyperparameters({"WeightStandardization/num_weights_standardized": count})
+        for algorithm in state.algorithms:
+            if isinstance(algorithm, (EMA, SWA)):  # their copies of the model need the parameters it has now
+                algorithm.apply(Event.INIT, state, logger)
+
+
+class _AtTheEnd(Algorithm):
+    """Runs an algorithm on ``Event.INIT`` from the end of the Trainer's list, and leaves the list."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self.algorithm = algorithm
+
+    def match(self, event: Event, state: State) -> bool:
         return event == Event.INIT
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        count = apply_weight_standardization(state.model, self.n_last_layers_ignore, formula=self.formula)
-        logger.log_hyperparameters({"WeightStandardization/num_weights_standardized": count})
+        state.algorithms.remove(self)
+        self.algorithm.apply(event, state, logger)
+
+
+def _deferred(algorithm: WeightStandardization, algorithms: list[Algorithm]) -> bool:
+    """Whether others follow in the Trainer's list; if so, the algorithm will also be asked at its end.
+
+    Composer asks the algorithms one after the other, and those that are appended meanwhile as well.
+    """
+    if not isinstance(algorithms, list) or algorithm not in algorithms:  # not called by a Trainer
+        return False
+    followers = algorithms[algorithms.index(algorithm) + 1 :]
+    if all(isinstance(follower, WeightStandardization) for follower in followers):
+        return False
+    if not any(isinstance(follower, _AtTheEnd) and follower.algorithm is algorithm for follower in followers):
+        algorithms.append(_AtTheEnd(algorithm))
+    return True
+
+
+def _select_on_all_ranks(model: nn.Module, rules: Rules) -> Selection:
+    """Select, and stop on every rank if one of them cannot, or two would standardize different convolutions."""
+    selection, outcome = None, None
+    try:
+        selection = select_convolutions(model, rules)
+        check_selection(selection)
+        outcome = [str(choice) for choice in selection.chosen]
+    except ValueError as error:
+        if dist.get_world_size() == 1:
+            raise
+        outcome = str(error)
+    if dist.get_world_size() > 1:
+        _check_ranks_agree(dist.all_gather_object(outcome))
+    assert selection is not None
+    return selection
+
+
+def _check_ranks_agree(outcomes: list[list[str] | str]) -> None:
+    """Raise ``ValueError`` unless all ranks chose the same convolutions; a string is the complaint of a rank."""
+    for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, str):
+            raise ValueError(f"Rank {rank}: {outcome}")
+        if outcome != outcomes[0]:
+            first, other = outcomes[0], outcome
+            raise ValueError(
+                f"The ranks would standardize different convolutions: rank 0 {len(first)}, rank {rank} {len(other)}; "
+                f"only rank 0: {', '.join(sorted(set(first) - set(other))) or 'none'}; only rank {rank}: "
+                f"{', '.join(sorted(set(other) - set(first))) or 'none'}. Build the same model on every rank."
+            )
+
+
+def _check_still_standardized(standardized: dict[str, nn.Module], model: nn.Module) -> None:
+    present = set(model.modules())
+    gone = [name for name, conv in standardized.items() if conv not in present or not standardizers_of(conv)]
+    if gone:
+        raise ValueError(
+            f"{len(gone)} convolutions that WeightStandardization standardized are gone or no longer standardized: "
+            f"{', '.join(gone)}. Something replaced them after Event.INIT; let it do so on Event.INIT, or before the "
+            "Trainer is built."
+        )

@@ -8,36 +8,57 @@ from typing import Any
 import torch
 from torch import nn
 
-from ws_algorithm.formula import Formula, check_weight, resolve_formula
+from ws_algorithm.cautions import cautions_about, summary_of
+from ws_algorithm.formula import Formula, resolve_formula
+from ws_algorithm.layers import raw_weight, standardizers_of
 from ws_algorithm.parametrization import (
     check_removable,
-    raw_weight,
     register_weight_standardizer,
     unregister_weight_standardizer,
 )
-from ws_algorithm.selection import ConvolutionChoice, check_module, choose_convolutions, standardizers_of
+from ws_algorithm.selection import Layers, Patterns, Predicate, Rules, Selection, check_module, select_convolutions
 
 log = logging.getLogger(__name__)
 
 
 def apply_weight_standardization(
-    module: nn.Module, n_last_layers_ignore: int = 0, *, formula: str | Formula = "composer"
+    module: nn.Module,
+    n_last_layers_ignore: int = 0,
+    *,
+    layers: Layers = "all",
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    predicate: Predicate | None = None,
+    example_input: Any = None,
+    formula: str | Formula = "composer",
 ) -> int:
-    r"""Standardize the weights of all convolutions of a model, now and in every later forward.
+    r"""Standardize the weights of the convolutions of a model, now and in every later forward.
 
     .. math:: \hat{W}_{o} = (W_{o} - \mu_{o}) / s_{o}
 
-    Every ``Conv1d``, ``Conv2d`` and ``Conv3d`` computes with :math:`\hat{W}` and learns the raw :math:`W`, which
-    remains the same ``Parameter`` object: an optimizer built before this call keeps working. A convolution that is
-    already standardized stays as it is, so that applying twice equals applying once; one with a fan-in of 1 is left
-    alone, since its standardized weight would be 0. What was and what was not standardized is logged in one line.
+    Every ``Conv1d``, ``Conv2d`` and ``Conv3d`` that all of the rules below admit computes with :math:`\hat{W}` and learns
+    the raw :math:`W`, which remains the same ``Parameter`` object: an optimizer built before this call keeps working. A
+    convolution that is already standardized stays as it is, so that applying twice equals applying once; one with a
+    fan-in of 1 is left alone, since its standardized weight would be 0. What was and what was not standardized is logged
+    in one line, and whatever deserves a second look as a warning.
 
     A drop-in for ``composer.functional.apply_weight_standardization``.
 
     Args:
         module: The model; edited in place. May itself be a convolution.
         n_last_layers_ignore: How many convolutions, counted from the one that is executed last, are left alone: those
-            of a prediction head. Default: ``0``.
+            of a prediction head. All convolutions are counted, whatever the other rules say. Default: ``0``.
+        layers: ``"all"``, or ``"normalized"`` for the authors' rule: only convolutions that a normalization layer
+            follows, with nothing but shape operations, concatenation, dropout or addition in between. Default:
+            ``"all"``.
+        include: Qualified names of layers, or ``fnmatch`` patterns on the qualified names of convolutions; only
+            convolutions that one of them matches are standardized. The name of a module stands for all convolutions
+            in it. ``None`` for no such rule. Default: ``None``.
+        exclude: The same; convolutions that one of them matches are left alone. Default: ``None``.
+        predicate: Called with the qualified name and the module of each convolution that the rules above admit; those
+            for which it is false are left alone. Default: ``None``.
+        example_input: What to observe a copy of the model with, if its forward cannot be traced: a tuple of positional
+            arguments, or the only argument. Default: ``None``.
         formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``) or a
             :class:`~ws_algorithm.formula.Formula`. A published checkpoint needs the formula that it was trained with.
             Default: ``"composer"``.
@@ -46,27 +67,46 @@ def apply_weight_standardization(
         The number of convolutions that this call standardized.
 
     Raises:
-        ValueError: If an argument is not of the kind described, or a convolution is lazy, pruned, quantized or under an
-            old-style ``weight_norm`` or ``spectral_norm``. Nothing has been changed then.
+        ValueError: If an argument is not of the kind described, a pattern matches no convolution, or a convolution that
+            is to be standardized is lazy, pruned, quantized, prepared for quantization-aware training, or under
+            ``weight_norm`` or ``spectral_norm``. Nothing has been changed then.
 
     Source: https://arxiv.org/abs/1903.10520.
 
     Example:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 10, 1))
-        >>> apply_weight_standardization(model, n_last_layers_ignore=1)
+        >>> apply_weight_standardization(model, layers="normalized")
         1
         >>> is_weight_standardized(model[0]), is_weight_standardized(model[3])
         (True, False)
     """
     formula = resolve_formula(formula)
-    choices = choose_convolutions(module, n_last_layers_ignore)
-    chosen = [choice for choice in choices if choice.skipped_because is None]
-    for choice in chosen:
-        _check_choice(choice)
+    rules = Rules(n_last_layers_ignore, layers, include, exclude, predicate)
+    selection = select_convolutions(module, rules, example_input)
+    check_selection(selection)
+    return standardize_selection(selection, formula)
+
+
+def check_selection(selection: Selection) -> None:
+    """Raise ``ValueError`` if a convolution that is to be standardized cannot be."""
+    refused = [choice for choice in selection.chosen if choice.refused_because is not None]
+    if refused:
+        others = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
+        raise ValueError(
+            f"`module` has a convolution, {str(refused[0])!r}, that cannot be standardized: "
+            f"{refused[0].refused_because}; or leave it alone with exclude={refused[0].name!r}.{others}"
+        )
+
+
+def standardize_selection(selection: Selection, formula: Formula) -> int:
+    """Standardize what was chosen and return its number."""
+    chosen = selection.chosen
     for choice in chosen:
         register_weight_standardizer(choice.module, formula)
-    _log_choices(module, choices)
+    log.log(logging.INFO if is_weight_standardized(selection.module) else logging.WARNING, summary_of(selection))
+    for caution in cautions_about(selection):
+        log.warning(caution)
     return len(chosen)
 
 
@@ -143,14 +183,6 @@ def fold_weight_standardization(module: nn.Module) -> int:
     return len(layers)
 
 
-def _check_choice(choice: ConvolutionChoice) -> None:
-    weight: Any = choice.module.weight
-    try:
-        check_weight(weight)
-    except ValueError as error:
-        raise ValueError(f"`module` has a convolution, {choice}, that cannot be standardized: {error}") from error
-
-
 def _standardized_layers(module: nn.Module) -> list[nn.Module]:
     """Not only convolutions: a user may have put a :class:`WeightStandardizer` on any layer."""
     check_module(module)
@@ -183,18 +215,3 @@ def _check_not_shared(module: nn.Module, layers: list[nn.Module]) -> None:
                 f"`module` shares the raw weight of a standardized layer with {name!r} ({type(other).__name__}), which "
                 "folding would change. Give that layer a weight of its own first."
             )
-
-
-def _log_choices(module: nn.Module, choices: list[ConvolutionChoice]) -> None:
-    reasons: dict[str, list[str]] = {}
-    for choice in choices:
-        if choice.skipped_because is not None:
-            reasons.setdefault(choice.skipped_because, []).append(str(choice))
-    log.log(
-        logging.INFO if is_weight_standardized(module) else logging.WARNING,
-        "Weight Standardization: %d of %d convolutions of %s standardized; left alone: %s.",
-        sum(choice.skipped_because is None for choice in choices),
-        len(choices),
-        type(module).__name__,
-        "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items()) or "none",
-    )

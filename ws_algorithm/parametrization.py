@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ws_algorithm.formula import FORMULAS, Formula, resolve_formula, standardize_weight
-from ws_algorithm.selection import is_standardizer, standardizers_of
+from ws_algorithm.layers import is_standardizer, raw_weight, standardizers_of
 
 
 class WeightStandardizer(nn.Module):
@@ -113,11 +113,6 @@ def check_removable(conv: nn.Module) -> None:
             f"`module` has a convolution whose class was replaced by {type(conv).__name__} after it was standardized, "
             "as fully_shard does. Undo that first, or load the full state dict into a model that is not wrapped."
         )
-
-
-def raw_weight(conv: nn.Module) -> nn.Parameter:
-    """The raw weight of a standardized layer: the ``Parameter`` that is trained and saved."""
-    return _chain(conv).original
 
 
 def _holds_raw_weight(conv: nn.Module) -> bool:

@@ -1,43 +1,70 @@
-"""Which convolutions of a model are standardized, in which order, and why the others are not.
+"""Which convolutions of a model are standardized, in the order in which they run, and why the others are not.
 
-A model is looked at, never changed. Candidates are found by walking the modules, so they do not depend on train or
-eval mode, on random states or on whether the model can be traced. Only leaving out the last ``n`` needs the order of
-execution, and only then a copy of the model without data is traced with ``torch.fx``.
+A model is looked at, never changed. Candidates are found by walking the modules, so that they do not depend on train or
+eval mode, on random states or on whether forward can be traced.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import logging
+import difflib
 import operator
-import random
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
 
 import torch
-from torch import fx, nn
-from torch.nn.parameter import UninitializedParameter
+from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-log = logging.getLogger(__name__)
+from ws_algorithm.formula import check_weight
+from ws_algorithm.layers import is_convolution, own_standardization, parametrizations_of, standardizers_of
+from ws_algorithm.tracing.execution import Place, execution_of
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Layers = Literal["all", "normalized"]
+Patterns = str | Sequence[str]
+Predicate = Callable[[str, nn.Module], bool]
 
-# Layers of other packages whose forward standardizes its own weight.
-_STANDARDIZED_LAYERS = frozenset(
-    {
-        "StdConv2d",  # timm, google-research/big_transfer
-        "StdConv2dSame",  # timm
-        "ScaledStdConv2d",  # timm
-        "ScaledStdConv2dSame",  # timm
-        "ConvWS2d",  # mmcv
-        "ConvAWS2d",  # mmcv
-    }
-)
+# By class: the function of torch.nn.utils.parametrizations that puts it on a weight
+_CONFLICTING_PARAMETRIZATIONS = {
+    "_WeightNorm": "weight_norm",
+    "_SpectralNorm": "spectral_norm",
+    "_Orthogonal": "orthogonal",
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a user says about which convolutions to standardize. One is taken if every rule admits it.
+
+    Args:
+        n_last_layers_ignore: How many of the convolutions that are executed last are left alone. More than there
+            are leaves all of them alone.
+        layers: ``"all"``, or ``"normalized"``: only those that a normalization layer follows.
+        include: Names or ``fnmatch`` patterns; only convolutions that one of them matches are taken.
+        exclude: The same; those that one of them matches are left alone.
+        predicate: Takes a convolution if ``predicate(qualified name, convolution)`` is true.
+
+    Raises:
+        ValueError: If one of them is not of that kind.
+    """
+
+    n_last_layers_ignore: int = 0
+    layers: Layers = "all"
+    include: Patterns | None = None
+    exclude: Patterns | None = None
+    predicate: Predicate | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        count = check_n_last_layers_ignore(self.n_last_layers_ignore)
+        object.__setattr__(self, "n_last_layers_ignore", count)
+        if self.layers not in get_args(Layers):
+            raise ValueError(f"`layers` (={self.layers!r}) must be one of {', '.join(map(repr, get_args(Layers)))}.")
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
+        if self.predicate is not None and not callable(self.predicate):
+            raise ValueError(f"`predicate` (={self.predicate!r}) must be a function of a name and a module, or None.")
 
 
 @dataclass(frozen=True)
@@ -47,47 +74,68 @@ class ConvolutionChoice:
     Args:
         name: Its first qualified name (``""`` for the model itself).
         module: The convolution.
+        place: Where it stands in forward, and which norm follows.
         skipped_because: Why it is left alone; ``None`` if it is to be standardized.
+        refused_because: Why it cannot be standardized, although it is to be; ``None`` if it can.
     """
 
     name: str
     module: nn.Module
-    skipped_because: str | None
+    place: Place
+    skipped_because: str | None = None
+    refused_because: str | None = None
 
     def __str__(self) -> str:
         return self.name or "(the model itself)"
 
 
-def choose_convolutions(module: nn.Module, n_last_layers_ignore: int = 0) -> list[ConvolutionChoice]:
-    """Every ``Conv1d``, ``Conv2d`` and ``Conv3d`` of a model, each once, with the decision on it.
+@dataclass(frozen=True)
+class Selection:
+    """The convolutions of a model, each once, in the order of last use in forward, with the decision on each.
 
-    Subclasses count, and so does `module` itself. With ``n_last_layers_ignore > 0`` the list is in the order of last
-    use in ``forward``, otherwise in the order of definition.
+    Args:
+        choices: Those that forward never uses come first.
+        failure: What kept forward as a whole from being traced, so that the order is in doubt; ``None`` if nothing did.
+    """
+
+    module: nn.Module
+    rules: Rules
+    choices: tuple[ConvolutionChoice, ...]
+    failure: str | None
+
+    @property
+    def chosen(self) -> list[ConvolutionChoice]:
+        """Those that are to be standardized."""
+        return [choice for choice in self.choices if choice.skipped_because is None]
+
+
+def select_convolutions(module: nn.Module, rules: Rules, example_input: Any = None) -> Selection:
+    """Decide on every ``Conv1d``, ``Conv2d`` and ``Conv3d`` of a model, subclasses and `module` itself included.
 
     Args:
         module: Any model; it is not changed.
-        n_last_layers_ignore: How many of the convolutions that are executed last are left alone. More than there
-            are leaves all of them alone. Default: ``0``.
+        rules: What the user says.
+        example_input: What forward is observed with if it cannot be traced: a tuple of positional arguments, or the
+            only argument.
 
     Raises:
-        ValueError: If an argument is not of that kind, or a convolution cannot be standardized as it is (lazy, pruned,
-            under an old-style ``weight_norm`` or ``spectral_norm``).
+        ValueError: If `module` is not a module, a pattern matches no convolution, or forward does not accept the
+            example input.
     """
-    n_last_layers_ignore = check_n_last_layers_ignore(n_last_layers_ignore)
-    convolutions = find_convolutions(module)
-    for name, conv in convolutions.items():
-        _check_standardizable(name, conv)
-    names = list(convolutions)
-    if n_last_layers_ignore:
-        names = _in_execution_order(module, convolutions)
-    ignored = set(names[max(len(names) - n_last_layers_ignore, 0) :])
+    names = _names_of_convolutions(module)
+    for argument in ("include", "exclude"):
+        _check_that_all_match(argument, getattr(rules, argument) or (), module, names)
+    execution = execution_of(module, example_input)
+    count = len(execution.places)
+    last = set(list(execution.places)[max(count - rules.n_last_layers_ignore, 0) :])
     choices = []
-    for name in names:
-        reason = _reason_to_skip(convolutions[name])
-        if reason is None and name in ignored:
-            reason = f"n_last_layers_ignore={n_last_layers_ignore}"
-        choices.append(ConvolutionChoice(name, convolutions[name], reason))
-    return choices
+    for conv, place in execution.places.items():
+        skipped = _reason_to_skip(conv) or _reason_to_leave_out(names[conv], conv, place, rules)
+        if skipped is None and conv in last:
+            skipped = f"n_last_layers_ignore={rules.n_last_layers_ignore}"
+        refused = _reason_to_refuse(conv) if skipped is None else None
+        choices.append(ConvolutionChoice(names[conv][0], conv, place, skipped, refused))
+    return Selection(module, rules, tuple(choices), execution.failure)
 
 
 def check_n_last_layers_ignore(value: Any) -> int:
@@ -115,165 +163,107 @@ def check_module(module: Any) -> None:
         raise ValueError("`module` is a torch.jit.ScriptModule; standardize the model before scripting or tracing it.")
 
 
-def find_convolutions(module: nn.Module) -> dict[str, nn.Module]:
-    """The convolutions of a model by first qualified name, in the order of definition, each once."""
-    check_module(module)
-    return {name: child for name, child in module.named_modules() if isinstance(child, CONVOLUTIONS)}
-
-
-def is_standardizer(parametrization: nn.Module) -> bool:
-    """Whether a parametrization standardizes weights: ours or the one that Composer ships."""
-    return any(cls.__name__ == "WeightStandardizer" for cls in type(parametrization).__mro__)
-
-
-def standardizers_of(conv: nn.Module) -> list[nn.Module]:
-    """The standardizing parametrizations on the weight of a module."""
-    if not parametrize.is_parametrized(conv, "weight"):
-        return []
-    parametrizations: Any = conv.parametrizations
-    return [parametrization for parametrization in parametrizations["weight"] if is_standardizer(parametrization)]
-
-
-def _check_standardizable(name: str, conv: nn.Module) -> None:
-    if parametrize.is_parametrized(conv, "weight"):
-        return
-    weight = conv._parameters.get("weight")
-    if weight is None:
+def _check_patterns(argument: str, patterns: Any) -> tuple[str, ...] | None:
+    if patterns is None:
+        return None
+    items = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else [None]
+    if not all(isinstance(item, str) for item in items):
         raise ValueError(
-            f"`module` has a convolution, {name!r}, whose weight is not a parameter but computed by a hook, as pruning "
-            "and the old-style weight_norm and spectral_norm of torch.nn.utils do. Remove that first (prune.remove, "
-            "remove_weight_norm, remove_spectral_norm) or use torch.nn.utils.parametrizations."
+            f"`{argument}` (={patterns!r}) must be a name of a layer or a pattern such as 'head.*', or a list of them."
         )
-    if isinstance(weight, UninitializedParameter):
+    if not items:
+        raise ValueError(f"`{argument}` (={patterns!r}) must name at least one layer. Use None for no such rule.")
+    return tuple(items)
+
+
+def _names_of_convolutions(module: nn.Module) -> dict[nn.Module, list[str]]:
+    """All qualified names of each convolution."""
+    check_module(module)
+    names: dict[nn.Module, list[str]] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        if is_convolution(child):
+            names.setdefault(child, []).append(name)
+    return names
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a pattern matches one of the names, or is the name of a module that contains one of them."""
+    return any(fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in names)
+
+
+def _check_that_all_match(argument: str, patterns: Any, module: nn.Module, names: dict[nn.Module, list[str]]) -> None:
+    for pattern in patterns:
+        if any(_matches(pattern, aliases) for aliases in names.values()):
+            continue
+        every_name = [name for aliases in names.values() for name in aliases]
+        containers = [name for name, _ in module.named_modules() if any(n.startswith(f"{name}.") for n in every_name)]
+        close = difflib.get_close_matches(pattern, [*every_name, *containers], n=3)
+        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "inspect_convolutions lists the names."
         raise ValueError(
-            f"`module` has a lazy convolution, {name!r}, without a weight yet. Run one batch through the model first."
+            f"`{argument}` has {pattern!r}, which matches none of the {len(names)} convolutions of "
+            f"{type(module).__name__}. {hint}"
         )
 
 
 def _reason_to_skip(conv: nn.Module) -> str | None:
+    """Why nothing is to be done, whatever the rules say."""
     if standardizers_of(conv):
         return "already standardized"
-    own_layer = next((cls.__name__ for cls in type(conv).__mro__ if cls.__name__ in _STANDARDIZED_LAYERS), None)
+    own_layer = own_standardization(conv)
     if own_layer is not None:
         return f"already standardized by its class {own_layer}"
-    weight: Any = conv.weight
-    if weight.ndim > 1 and weight.shape[1:].numel() == 1:
+    weight: Any = conv._parameters.get("weight")
+    if weight is not None and not is_lazy(weight) and weight.ndim > 1 and weight.shape[1:].numel() == 1:
         return "fan-in 1: the standardized weight would be 0"
     return None
 
 
-def _in_execution_order(module: nn.Module, convolutions: dict[str, nn.Module]) -> list[str]:
-    """Names in the order of last use; those that no trace reaches come first, as defined."""
-    try:
-        last_use = _last_uses(module, set(convolutions.values()))
-    except Exception as error:  # whatever the user's forward raises when given proxies
-        log.warning(
-            "The forward of %s cannot be traced (%s: %s), so `n_last_layers_ignore` counts its %d convolutions in the "
-            "order in which they are defined, which may not be the order in which they are executed.",
-            type(module).__name__,
-            type(error).__name__,
-            str(error).split("\n")[0],
-            len(convolutions),
-        )
-        return list(convolutions)
-    return sorted(convolutions, key=lambda name: last_use.get(convolutions[name], -1))
-
-
-def _last_uses(module: nn.Module, convolutions: set[nn.Module]) -> dict[nn.Module, int]:
-    """For each convolution that a trace reaches, the position of its last use among the nodes of the graph."""
-    while True:
-        try:
-            return _trace_last_uses(module)
-        except Exception:
-            wrapped = _only_child_with(module, convolutions)
-            if wrapped is None:
-                raise
-            module = wrapped
-
-
-def _only_child_with(module: nn.Module, convolutions: set[nn.Module]) -> nn.Module | None:
-    """The child that holds all convolutions, as in a ``ComposerModel`` around a network, if there is one."""
-    for child in module.children():
-        if convolutions <= set(child.modules()):
-            return child
+def _reason_to_leave_out(names: list[str], conv: nn.Module, place: Place, rules: Rules) -> str | None:
+    for pattern in rules.exclude or ():
+        if _matches(pattern, names):
+            return f"exclude={pattern!r}"
+    if rules.include is not None and not any(_matches(pattern, names) for pattern in rules.include):
+        return f"not in include={list(rules.include)}"
+    if rules.predicate is not None and not rules.predicate(names[0], conv):
+        return "predicate is false"
+    if rules.layers == "normalized" and place.norm is None:
+        if place.undecided:
+            return "layers='normalized': not known to be followed by a norm"
+        return f"layers='normalized': {'no norm follows it' if place.executed else 'forward does not use it'}"
     return None
 
 
-def _trace_last_uses(module: nn.Module) -> dict[nn.Module, int]:
-    shadow = _without_data(module)
-    original_of = dict(zip(shadow.modules(), module.modules(), strict=True))
-    parameters = inspect.signature(shadow.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    with _fixed_random_states():
-        graph = _ConvolutionTracer().trace(shadow, concrete_args=defaults)
-    modules = dict(shadow.named_modules(remove_duplicate=False))
-    owners = {id(p): m for m in shadow.modules() if isinstance(m, CONVOLUTIONS) for p in m.parameters()}
-    last_use = {}
-    for position, node in enumerate(graph.nodes):
-        used = None
-        if node.op == "call_module":
-            used = modules[node.target]
-            if isinstance(used, parametrize.ParametrizationList):  # the weight of a standardized convolution
-                used = owners.get(id(getattr(used, "original", None)))
-        elif node.op == "get_attr":  # forward calls a functional with the weight of a convolution
-            used = owners.get(id(_attribute(shadow, node.target)))
-        if isinstance(used, CONVOLUTIONS):
-            last_use[original_of[used]] = position
-    if not last_use:
-        raise RuntimeError("the trace reaches no convolution")
-    return last_use
+def _reason_to_refuse(conv: nn.Module) -> str | None:
+    """What is in the way of standardizing a convolution, and how to remove it."""
+    if hasattr(conv, "weight_fake_quant"):
+        return (
+            "it is prepared for quantization-aware training, whose conversion would quantize the raw weight. Standardize "
+            "and fold (fold_weight_standardization) before preparing"
+        )
+    for parametrization in parametrizations_of(conv):
+        function = _CONFLICTING_PARAMETRIZATIONS.get(type(parametrization).__name__)
+        if function is not None:
+            return (
+                f"its weight is under torch.nn.utils.parametrizations.{function}, whose effect standardization would "
+                "undo. Remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+    if parametrize.is_parametrized(conv, "weight"):
+        return _complaint_about(conv.weight)
+    weight = conv._parameters.get("weight")
+    if weight is None:
+        return (
+            "its weight is not a parameter but computed by a hook, as pruning and the old-style weight_norm and "
+            "spectral_norm of torch.nn.utils do. Remove that first (prune.remove, remove_weight_norm, "
+            "remove_spectral_norm)"
+        )
+    if is_lazy(weight):
+        return "it is lazy and has no weight yet. Run one batch through the model first"
+    return _complaint_about(weight)
 
 
-class _ConvolutionTracer(fx.Tracer):
-    """A convolution is one node whatever its class; fx alone would inline every class from outside ``torch.nn``."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, CONVOLUTIONS) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _without_data(module: nn.Module) -> nn.Module:
-    """A copy of a model without hooks and with all parameters and buffers on the meta device."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        meta = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    for value in (value for part in module.modules() for value in vars(part).values()):
-        if isinstance(value, torch.Tensor) and not value.is_leaf:  # an activation that forward kept; no copy() of it
-            memo[id(value)] = torch.empty_like(value, device="meta").detach()
-    shadow = copy.deepcopy(module, memo)
-    for part in shadow.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-    return shadow
-
-
-def _attribute(module: nn.Module, qualified_name: str) -> Any:
-    value: Any = module
-    for part in qualified_name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-@contextmanager
-def _fixed_random_states() -> Iterator[None]:
-    """Let torch's, Python's and NumPy's global generators draw the same in every process, and restore them after.
-
-    A forward that draws at random (stochastic depth) would otherwise be traced differently in every rank.
-    """
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    numpy_state = numpy_random.get_state() if numpy_random is not None else None
-    python_state = random.getstate()
-    cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+def _complaint_about(weight: Any) -> str | None:
     try:
-        with torch.random.fork_rng(devices=cuda_devices):
-            torch.default_generator.manual_seed(0)
-            random.seed(0)
-            if numpy_random is not None:
-                numpy_random.seed(0)
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_state)
+        check_weight(weight)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return None

@@ -1,0 +1,265 @@
+"""Every model of torchvision, and many of timm: the selection against a run that follows the tensors.
+
+The quantized models of torchvision are left out: they are copies of seven classification models with observers.
+"""
+
+import gc
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from tensor_following import CONVOLUTIONS, Followed, follow
+from torch import nn
+from torchvision.models import regnet
+
+from ws_algorithm import inspect_convolutions
+
+TORCHVISION = torchvision.models.list_models(module=torchvision.models)
+SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
+VIDEO = torchvision.models.list_models(module=torchvision.models.video)
+OPTICAL_FLOW = torchvision.models.list_models(module=torchvision.models.optical_flow)
+DETECTION = torchvision.models.list_models(module=torchvision.models.detection)
+
+TIMM = """
+    botnet26t_256 coat_tiny convmixer_768_32 convnext_atto convnextv2_atto cspdarknet53 densenetblur121d dla60_res2net
+    dm_nfnet_f0 dpn68 edgenext_xx_small efficientnet_b0 efficientnet_b0_gn efficientnet_cc_b0_4e fastvit_t8 fbnetc_100
+    ghostnetv2_100 halonet26t hardcorenas_a hrnet_w18_small inception_resnet_v2 lambda_resnet26t lcnet_050
+    legacy_xception levit_conv_128s maxvit_nano_rw_256 mobilenetv3_large_100 mobilenetv4_hybrid_medium mobileone_s0
+    mobilevit_xxs nf_resnet50 poolformer_s12 regnety_008 repvgg_a0 resnest14d resnet50d resnetv2_50 resnetv2_50x1_bit
+    resnext50_32x4d selecsls42b seresnet50 skresnet18 swin_tiny_patch4_window7_224 tinynet_e tresnet_m vgg11_bn
+    visformer_tiny vit_small_r26_s32_224 volo_d1_224 xception41p
+""".split()
+
+# By default these two warn about the initialization that they would choose
+ARGUMENTS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
+# Layers whose forward standardizes its weight already
+OWN_STANDARDIZATION = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
+
+
+def _build_torchvision(name: str) -> nn.Module:
+    builder = torchvision.models.get_model_builder(name)
+    arguments: dict[str, Any] = dict(ARGUMENTS.get(name, {}))
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        arguments["weights_backbone"] = None
+    if name in DETECTION and not name.startswith("ssd"):
+        arguments |= {"min_size": 128, "max_size": 160}
+    if "rcnn" in name:
+        arguments |= {"rpn_post_nms_top_n_test": 10}
+    return builder(weights=None, **arguments)
+
+
+def build(name: str) -> nn.Module:
+    """On the meta device, but for detection models, whose forward depends on values."""
+    library, name = name.split("/")
+    block_widths = regnet.BlockParams.from_init_params
+
+    def block_widths_on_cpu(*args: Any, **kwargs: Any) -> Any:  # numbers computed with tensors
+        with torch.device("cpu"):
+            return block_widths(*args, **kwargs)
+
+    with (
+        mock.patch.object(regnet.BlockParams, "from_init_params", block_widths_on_cpu),
+        torch.device("cpu" if name in DETECTION else "meta"),
+    ):
+        return timm.create_model(name, pretrained=False) if library == "timm" else _build_torchvision(name)
+
+
+def inputs_of(name: str, model: Any) -> list[Any]:
+    library, name = name.split("/")
+    if library == "timm":
+        return [torch.empty(2, *model.pretrained_cfg["input_size"], device="meta")]
+    if name in DETECTION:
+        return [[torch.rand(3, 128, 128)]]
+    if name in OPTICAL_FLOW:
+        return [torch.empty(1, 3, 128, 128, device="meta")] * 2
+    if name in VIDEO:
+        return [torch.empty(2, 3, 16, 224, 224, device="meta")]
+    size = 299 if name == "inception_v3" else 224
+    return [torch.empty(2, 3, size, size, device="meta")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what a run of it did, and what the selection says of it."""
+
+    model: nn.Module
+    followed: Followed
+    all: list[Any]
+    normalized: list[Any]
+    warnings: list[str]  # those of the selection of layers="normalized"
+
+    @property
+    def traced(self) -> bool:
+        return all(record.order == "traced" for record in self.normalized)
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+# A model in training mode is what the method is applied to; these are run in the other mode as well, or instead
+EVALUATED = [f"torchvision/{name}" for name in DETECTION] + [
+    "torchvision/convnext_tiny",
+    "torchvision/deeplabv3_resnet50",
+    "torchvision/efficientnet_b0",
+    "torchvision/googlenet",
+    "torchvision/inception_v3",
+    "torchvision/raft_small",
+    "timm/repvgg_a0",
+    "timm/tinynet_e",
+]
+TRAINED = [f"torchvision/{name}" for name in TORCHVISION + SEGMENTATION + VIDEO + OPTICAL_FLOW]
+TRAINED += [f"timm/{name}" for name in TIMM]
+
+
+@pytest.fixture(scope="module", params=[f"{name}-train" for name in TRAINED] + [f"{name}-eval" for name in EVALUATED])
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    name, mode = request.param.rsplit("-", 1)
+    training = mode == "train"
+    torch.manual_seed(17)
+    model = build(name).train(training)
+    followed = follow(model, *inputs_of(name, model))
+    logger, heard = logging.getLogger("ws_algorithm"), _Messages()
+    records = inspect_convolutions(model)
+    logger.addHandler(heard)
+    try:
+        normalized = inspect_convolutions(model, layers="normalized")
+    finally:
+        logger.removeHandler(heard)
+    assert model.training == training
+    yield Case(model, followed, records, normalized, heard.messages)
+    gc.collect()
+
+
+def _can_be_standardized(model: nn.Module, name: str) -> bool:
+    conv: Any = model.get_submodule(name)
+    return type(conv).__name__ not in OWN_STANDARDIZATION and conv.weight[0].numel() > 1
+
+
+def test_each_convolution_is_recorded_once(case):
+    convolutions = {name: m for name, m in case.model.named_modules() if isinstance(m, CONVOLUTIONS)}
+
+    for records in (case.all, case.normalized):
+        assert sorted(record.name for record in records) == sorted(convolutions)
+        assert [record.index for record in records] == list(range(len(records)))
+        for record in records:
+            assert tuple(record.weight_shape) == tuple(convolutions[record.name].weight.shape)
+            assert record.fan_in == convolutions[record.name].weight[0].numel()
+    assert {r.name for r in case.all if r.standardized} == {
+        name for name in convolutions if _can_be_standardized(case.model, name)
+    }
+
+
+def test_none_without_a_normalization_is_standardized(case):
+    assert {record.name for record in case.normalized if record.standardized} <= case.followed.normalized
+
+
+def test_a_traced_selection_is_what_the_run_did(case):
+    if not case.traced:
+        pytest.skip("not traced")
+    normalized = case.followed.normalized
+
+    assert {record.name for record in case.normalized if record.normalized_by} == normalized
+    assert {record.name for record in case.normalized if record.standardized} == {
+        name for name in normalized if _can_be_standardized(case.model, name)
+    }
+    assert [record.name for record in case.normalized] == case.followed.order
+
+
+def test_the_normalization_that_is_named_is_one_that_the_run_reached(case):
+    for record in case.normalized:
+        if record.normalized_by:
+            assert record.normalized_by.split(" (")[0] in case.followed.norms[record.name], record
+
+
+def test_what_could_not_be_decided_is_warned_of(case):
+    missed = case.followed.normalized - {record.name for record in case.normalized if record.normalized_by}
+
+    if missed or any(record.order == "defined" for record in case.normalized):
+        assert case.warnings
+
+
+class Small(nn.Module):
+    def __init__(self, body: Callable[[Any, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.dropout, self.body = nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.Dropout(), body
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda net, x: net.norm(net.conv(x)),
+        lambda net, x: net.norm(net.conv(x) + x),
+        lambda net, x: net.norm(net.dropout(net.conv(x)).add_(x)),
+        lambda net, x: net.norm(torch.cat([x, net.conv(x)]).flip(0)),
+        lambda net, x: net.norm(F.pad(net.conv(x), (1, 1)).clone()),
+        lambda net, x: net.norm(torch.roll(net.conv(x), 1, 2).chunk(2, -1)[0]),
+        lambda net, x: F.layer_norm(net.conv(x).permute(0, 2, 3, 1), (4,)),
+        lambda net, x: [F.batch_norm(y := net.conv(x), None, None, training=True), F.relu(y)],
+        lambda net, x: net.norm(net.conv(net.norm(net.conv(x)))),
+    ],
+)
+def test_the_run_follows_through(body):
+    assert follow(Small(body), torch.ones(2, 4, 8, 8)).normalized == {"conv"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda net, x: net.conv(net.norm(x)),
+        lambda net, x: net.norm(F.relu(net.conv(x))),
+        lambda net, x: [y := net.conv(x), F.relu_(y), net.norm(y)],
+        lambda net, x: net.norm(net.conv(x) * 2),
+        lambda net, x: net.norm(F.max_pool2d(net.conv(x), 2)),
+        lambda net, x: net.norm(F.interpolate(net.conv(x), scale_factor=2.0)),
+        lambda net, x: F.local_response_norm(net.conv(x), 2),
+        lambda net, x: [net.norm(net.conv(x)), net.conv(x)],
+        lambda net, x: net.norm(net.conv(F.relu(net.conv(x)))),
+        lambda net, x: net.norm(x),
+    ],
+)
+def test_the_run_does_not_follow_through(body):
+    assert follow(Small(body), torch.ones(2, 4, 8, 8)).normalized == set()
+
+
+BY_HAND: dict[str, Callable[[str], bool]] = {  # which convolutions have no norm, read off the definitions
+    "resnet18": lambda name: False,
+    "vgg11": lambda name: True,
+    "densenet121": lambda name: "transition" in name,  # pooled before the next norm
+    "convnext_tiny": lambda name: name == "features.6.1",  # the others reach the norm of the next stage by additions
+    "efficientnet_b0": lambda name: name.endswith(("fc1", "fc2")),
+    "deeplabv3_resnet50": lambda name: name == "classifier.4",
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_run_of_a_model_by_hand(name):
+    model = build(f"torchvision/{name}")
+    followed = follow(model, *inputs_of(f"torchvision/{name}", model))
+
+    assert set(followed.order) == followed.executed
+    assert followed.executed - followed.normalized == set(filter(BY_HAND[name], followed.order))
+
+
+def test_the_models_that_are_tested():
+    quantized = set(torchvision.models.list_models(module=torchvision.models.quantization))
+    tested = {name.split("/")[1] for name in TRAINED + EVALUATED if name.startswith("torchvision/")}
+
+    assert tested == set(torchvision.models.list_models()) - quantized
+    assert len(tested) == 109 and len(TIMM) == 50

@@ -1,0 +1,97 @@
+"""What to tell the user about a selection: one line on what was done, and what deserves a second look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ws_algorithm.layers import raw_weight, standardizers_of
+from ws_algorithm.selection import ConvolutionChoice, Selection
+
+
+def summary_of(selection: Selection) -> str:
+    """How many convolutions were standardized, and which were not, by reason."""
+    reasons: dict[str, list[ConvolutionChoice]] = {}
+    for choice in selection.choices:
+        if choice.skipped_because is not None:
+            reasons.setdefault(choice.skipped_because, []).append(choice)
+    return (
+        f"Weight Standardization: {len(selection.chosen)} of {len(selection.choices)} convolutions of "
+        f"{type(selection.module).__name__} standardized; left alone: "
+        f"{'; '.join(f'{_listed(choices)} ({reason})' for reason, choices in reasons.items()) or 'none'}."
+    )
+
+
+def cautions_about(selection: Selection) -> Iterator[str]:
+    """Sentences, each of which names layers and a remedy; none if all is well."""
+    chosen = selection.chosen
+    yield from _order_in_doubt(selection)
+    yield from _followed_by_no_norm(selection)
+    yield from _undecided(selection)
+    yield from _shared_weights(selection)
+    if small := [choice for choice in chosen if raw_weight(choice.module).shape[1:].numel() == 2]:
+        yield (
+            f"{_listed(small)}: with a fan-in of 2 every standardized weight is 1 or -1, and learning stops. Leave such "
+            "convolutions alone with `exclude`."
+        )
+    if frozen := [choice for choice in chosen if not raw_weight(choice.module).requires_grad]:
+        yield (
+            f"{_listed(frozen)}: standardized although frozen (requires_grad=False). That is right for weights trained "
+            "with Weight Standardization; others compute something else now. Leave those alone with `exclude`."
+        )
+
+
+def _order_in_doubt(selection: Selection) -> Iterator[str]:
+    """Only a count asks for the order, and one that leaves out all or nothing does not."""
+    if selection.failure is None or not 0 < selection.rules.n_last_layers_ignore < len(selection.choices):
+        return
+    yield (
+        f"The forward of {type(selection.module).__name__} cannot be traced ({selection.failure}), so "
+        f"`n_last_layers_ignore` counts its {len(selection.choices)} convolutions with its parts in the order in which "
+        "they are defined, which may not be the order in which they are executed. Give an `example_input`, or name the "
+        "layers with `exclude`."
+    )
+
+
+def _followed_by_no_norm(selection: Selection) -> Iterator[str]:
+    if selection.rules.layers != "all":
+        return
+    plain = [c for c in selection.chosen if c.place.norm is None and c.place.executed and not c.place.undecided]
+    if plain:
+        yield (
+            f"{len(plain)} of the {len(selection.chosen)} convolutions standardized are followed by no normalization "
+            f"layer: {_listed(plain)}. Their outputs grow by about the root of the fan-in, and training may fail. Use "
+            "layers='normalized' to leave them alone, or name them in `exclude`."
+        )
+
+
+def _undecided(selection: Selection) -> Iterator[str]:
+    if selection.rules.layers != "normalized":
+        return
+    undecided = [c for c in selection.choices if c.place.undecided and (c.skipped_because or "").startswith("layers=")]
+    if undecided:
+        yield (
+            f"Whether a normalization layer follows {_listed(undecided)} cannot be told, because the forward of "
+            f"{type(selection.module).__name__} cannot be traced"
+            f"{'' if selection.failure is None else f' ({selection.failure})'}; they were left alone. Give an "
+            "`example_input`, or use layers='all' and name what is to be left alone in `exclude`."
+        )
+
+
+def _shared_weights(selection: Selection) -> Iterator[str]:
+    """A raw weight that a layer uses as it is, beside a convolution that standardizes it."""
+    standardized = [choice.module for choice in selection.choices if standardizers_of(choice.module)]
+    parts = {part for conv in standardized for part in conv.modules()}
+    names = {id(raw_weight(choice.module)): choice for choice in selection.chosen}
+    for name, layer in selection.module.named_modules():
+        if layer in parts:
+            continue
+        for parameter in layer.parameters(recurse=False):
+            if id(parameter) in names:
+                yield (
+                    f"{names[id(parameter)]}: its weight is shared with {name} ({type(layer).__name__}), which uses it "
+                    "without standardization. Leave both alone with `exclude`, or give them weights of their own."
+                )
+
+
+def _listed(choices: list[ConvolutionChoice]) -> str:
+    return ", ".join(map(str, choices))

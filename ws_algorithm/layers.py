@@ -1,0 +1,148 @@
+"""What the layers and functions of a network are to Weight Standardization: convolutions, norms, or neither."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import batchnorm, dropout, instancenorm, padding
+from torch.nn.utils import parametrize
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# Functions that convolve with a weight from their arguments
+CONVOLVING_FUNCTIONS = frozenset({"conv1d", "conv2d", "conv3d", "_conv_forward", "convolution"})
+
+NORMALIZING_FUNCTIONS = frozenset(
+    {"batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm"}
+    | {"native_batch_norm", "native_group_norm", "native_layer_norm"}
+)
+
+# Functions behind which a value is still the same up to place, shape, sums and dropout. The paper's rule looks through
+# them: https://github.com/joe-siyuan-qiao/WeightStandardization
+_PLACES_AND_SHAPES = (
+    "reshape view view_as reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t "
+    "T mT H mH adjoint contiguous squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk "
+    "split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit unbind narrow select index_select "
+    "getitem __getitem__ take pad constant_pad_nd roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle "
+    "native_channel_shuffle clone detach data to type type_as float half bfloat16 double cuda cpu alias"
+)
+_JOINS = "cat concat concatenate stack hstack vstack dstack column_stack row_stack"
+_SUMS = "add add_ iadd __add__ __radd__ __iadd__"
+_DROPOUTS = (
+    "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout native_dropout "
+    "stochastic_depth drop_path drop_block2d drop_block3d"
+)
+TRANSPARENT_FUNCTIONS = frozenset(" ".join((_PLACES_AND_SHAPES, _JOINS, _SUMS, _DROPOUTS)).split())
+
+# Of these, only the first argument goes through; the others lend their shape or type
+FIRST_ARGUMENT_FUNCTIONS = frozenset("view_as reshape_as expand_as type_as to".split())
+
+# Layers of other packages whose forward standardizes its own weight.
+_STANDARDIZED_LAYERS = frozenset(
+    {
+        "StdConv2d",  # timm, google-research/big_transfer
+        "StdConv2dSame",  # timm
+        "ScaledStdConv2d",  # timm
+        "ScaledStdConv2dSame",  # timm
+        "ConvWS2d",  # mmcv
+        "ConvAWS2d",  # mmcv
+    }
+)
+
+# `_NormBase` of torch is a base of batch and instance norms alike
+_NORMALIZATIONS = (batchnorm._NormBase, instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+# Norms that other packages derive from Module: FrozenBatchNorm2d, GhostBatchNorm2d, EvoNorm2dS0, InplaceAbn, RmsNorm ...
+_NORMALIZATION_NAME = re.compile(
+    r"(Batch|Group|Layer|Instance|R[Mm][Ss]|Evo|FilterResponse|Switchable)Norm|^In[Pp]laceA[Bb][Nn]|^ABN$"
+)
+
+_TRANSPARENT = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+    dropout._DropoutNd,
+    padding._ConstantPadNd,
+    padding._ReflectionPadNd,
+    padding._ReplicationPadNd,
+    padding._CircularPadNd,
+)
+_TRANSPARENT_NAMES = frozenset(
+    {
+        "StochasticDepth",  # torchvision
+        "DropPath",  # timm and most copies of it
+        "DropBlock2d",  # torchvision, timm
+        "DropBlock3d",  # torchvision
+        "Rearrange",  # einops
+    }
+)
+
+
+def is_convolution(layer: nn.Module) -> bool:
+    """Whether a layer is a ``Conv1d``, ``Conv2d`` or ``Conv3d``, subclasses included and transposed ones not."""
+    return isinstance(layer, CONVOLUTIONS)
+
+
+def is_normalization(layer: nn.Module) -> bool:
+    """Whether a layer normalizes its input: torch's norms except ``LocalResponseNorm``, and others by their names.
+
+    torchvision's ``FrozenBatchNorm2d`` and timm's layers of norm and activation are norms. A block that is named after
+    its norm but has weights of its own to convolve or multiply with is not.
+    """
+    if isinstance(layer, _NORMALIZATIONS):
+        return True
+    if not any(_NORMALIZATION_NAME.search(cls.__name__) for cls in type(layer).__mro__):
+        return False
+    return not any(isinstance(part, (*CONVOLUTIONS, nn.Linear)) for part in layer.modules())
+
+
+def is_transparent(layer: nn.Module) -> bool:
+    """Whether the output of a layer is its input up to place, shape and dropout."""
+    return isinstance(layer, _TRANSPARENT) or type(layer).__name__ in _TRANSPARENT_NAMES
+
+
+def is_elementary(layer: nn.Module) -> bool:
+    """Whether a layer is one step of a forward, not a composition of steps."""
+    if is_convolution(layer) or is_normalization(layer) or is_transparent(layer):
+        return True
+    if isinstance(layer, (nn.Sequential, nn.ModuleList, nn.ModuleDict, parametrize.ParametrizationList)):
+        return False
+    own = type(layer).__module__.split(".")
+    return own[:2] == ["torch", "nn"] and not any(is_convolution(part) for part in layer.modules())
+
+
+def is_standardizer(parametrization: nn.Module) -> bool:
+    """Whether a parametrization standardizes weights: ours or the one that Composer ships."""
+    return any(cls.__name__ == "WeightStandardizer" for cls in type(parametrization).__mro__)
+
+
+def parametrizations_of(conv: nn.Module) -> list[nn.Module]:
+    """The parametrizations on the weight of a module, in the order in which they act."""
+    if not parametrize.is_parametrized(conv, "weight"):
+        return []
+    parametrizations: Any = conv.parametrizations
+    return list(parametrizations["weight"])
+
+
+def standardizers_of(conv: nn.Module) -> list[nn.Module]:
+    """The standardizing parametrizations on the weight of a module."""
+    return [parametrization for parametrization in parametrizations_of(conv) if is_standardizer(parametrization)]
+
+
+def raw_weight(conv: nn.Module) -> nn.Parameter:
+    """The parameter that a convolution learns, trained and saved; the first if parametrizations split it in several."""
+    layer: Any = conv
+    if not parametrize.is_parametrized(conv, "weight"):
+        return layer.weight
+    chain = layer.parametrizations["weight"]
+    return chain.original if hasattr(chain, "original") else chain.original0
+
+
+def own_standardization(conv: nn.Module) -> str | None:
+    """The name of the class of timm, mmcv or BiT by which a convolution standardizes its own weight, if it is one."""
+    return next((cls.__name__ for cls in type(conv).__mro__ if cls.__name__ in _STANDARDIZED_LAYERS), None)

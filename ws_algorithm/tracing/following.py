@@ -1,0 +1,113 @@
+"""What can be read from the operations of one forward: where convolutions run, and what follows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ws_algorithm.layers import (
+    CONVOLVING_FUNCTIONS,
+    FIRST_ARGUMENT_FUNCTIONS,
+    NORMALIZING_FUNCTIONS,
+    TRANSPARENT_FUNCTIONS,
+    is_convolution,
+    is_normalization,
+    is_transparent,
+)
+from ws_algorithm.tracing.recorder import INPUT, OUTPUT, WEIGHT, Operation, Run
+
+
+@dataclass(frozen=True)
+class Follower:
+    """What the output of a convolution meets first: a norm, or the end of what was seen, or neither."""
+
+    norm: nn.Module | str | None = None  # a layer, or the name of a function
+    leaves: bool = False  # the output is still to be used when the run ends
+
+
+class Reading:
+    """One run, read for its convolutions.
+
+    Attributes:
+        calls: Where each convolution is used, in the order of last use.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._users: list[list[int]] = [[] for _ in run]
+        for position, operation in enumerate(run):
+            for source in operation.inputs:
+                self._users[source].append(position)
+        self.calls: dict[nn.Module, list[int]] = {}
+        for position in range(len(run)):
+            conv = self._convolution(position)
+            if conv is not None:
+                self.calls[conv] = [*self.calls.pop(conv, []), position]
+
+    def followers_of(self, conv: nn.Module) -> list[Follower]:
+        """What follows each use of a convolution."""
+        return [self._follower_of(position) for position in self.calls[conv]]
+
+    def begins_with_norm(self) -> bool:
+        """Whether an input reaches a norm before anything else happens to it."""
+        inputs = [position for position, operation in enumerate(self._run) if operation.name == INPUT]
+        return any(self._follower_of(position).norm is not None for position in inputs)
+
+    def called_layers(self) -> set[nn.Module]:
+        """The layers that are called, and their parts."""
+        called = {operation.layer for operation in self._run if operation.name != WEIGHT}
+        return {part for layer in called if layer is not None for part in layer.modules()}
+
+    def _convolution(self, position: int) -> nn.Module | None:
+        """The convolution that an operation computes, called as a layer or through a function with its weight."""
+        operation = self._run[position]
+        if operation.name == WEIGHT:
+            return None
+        if operation.layer is not None:
+            return operation.layer if is_convolution(operation.layer) else None
+        if operation.name not in CONVOLVING_FUNCTIONS:
+            return None
+        return next(filter(None, map(self._weight_owner, operation.inputs)), None)
+
+    def _weight_owner(self, position: int) -> nn.Module | None:
+        """The convolution from whose weight a value was computed and from nothing else that a run is given."""
+        while self._run[position].name != WEIGHT:
+            operation = self._run[position]
+            if operation.layer is not None or not operation.inputs:
+                return None
+            position = operation.inputs[0]
+        return self._run[position].layer
+
+    def _follower_of(self, position: int) -> Follower:
+        """The first norm that a result reaches through operations that only move or add it."""
+        leaves = False
+        seen, waiting = {position}, [position]
+        while waiting:
+            current = waiting.pop(0)
+            for user in self._users[current]:
+                operation = self._run[user]
+                norm = _norm(operation)
+                if norm is not None:
+                    if operation.inputs[0] == current:  # not the scale or shift of the norm
+                        return Follower(norm)
+                elif operation.name == OUTPUT:
+                    leaves = True
+                elif user not in seen and _lets_through(operation, current):
+                    seen.add(user)
+                    waiting.append(user)
+        return Follower(leaves=leaves)
+
+
+def _norm(operation: Operation) -> nn.Module | str | None:
+    if operation.layer is not None:
+        return operation.layer if is_normalization(operation.layer) else None
+    return operation.name if operation.name in NORMALIZING_FUNCTIONS else None
+
+
+def _lets_through(operation: Operation, source: int) -> bool:
+    if operation.layer is not None:
+        return operation.name != WEIGHT and is_transparent(operation.layer)
+    if operation.name in FIRST_ARGUMENT_FUNCTIONS:
+        return operation.inputs[0] == source
+    return operation.name in TRANSPARENT_FUNCTIONS
