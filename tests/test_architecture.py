@@ -29,6 +29,7 @@ FLOORS = [
         "recipes/data/*.py",
         "recipes/best_checkpoint.py",
         "recipes/catalogue.py",
+        "recipes/named_models.py",
         "recipes/parameter_groups.py",
         "recipes/report.py",
         "recipes/run_folder.py",
@@ -40,7 +41,7 @@ FLOORS = [
     ["recipes/registry.py", "recipes/values.py"],
     ["recipes/build.py"],
     ["recipes/resolve.py"],
-    ["recipes/train.py", "recipes/evaluate.py"],
+    ["recipes/train.py", "recipes/evaluate.py", "recipes/inspect.py"],
     ["__main__.py"],
 ]
 METHOD = range(0, 9)

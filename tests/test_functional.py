@@ -11,7 +11,7 @@ from composer.functional import apply_weight_standardization as composers_apply
 from small_models import Net, conv, defined_in_reverse
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrize, prune
 
 from ws_algorithm import (
     FORMULAS,

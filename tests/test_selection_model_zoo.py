@@ -20,7 +20,12 @@ from tensor_following import CONVOLUTIONS, Followed, follow
 from torch import nn
 from torchvision.models import regnet
 
-from ws_algorithm import inspect_convolutions
+from ws_algorithm import (
+    apply_weight_standardization,
+    inspect_convolutions,
+    is_weight_standardized,
+    remove_weight_standardization,
+)
 
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
 SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
@@ -93,12 +98,9 @@ class Case:
     model: nn.Module
     followed: Followed
     all: list[Any]
-    normalized: list[Any]
-    warnings: list[str]  # those of the selection of layers="normalized"
-
-    @property
-    def traced(self) -> bool:
-        return all(record.order == "traced" for record in self.normalized)
+    normalized: list[Any]  # without an input
+    exact: list[Any]  # the same if forward was traced, else with the input of the run
+    warnings: dict[int, list[str]]  # of the standardization with layers="normalized", by n_last_layers_ignore
 
 
 class _Messages(logging.Handler):
@@ -110,73 +112,91 @@ class _Messages(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-# A model in training mode is what the method is applied to; these are run in the other mode as well, or instead
-EVALUATED = [f"torchvision/{name}" for name in DETECTION] + [
-    "torchvision/convnext_tiny",
-    "torchvision/deeplabv3_resnet50",
-    "torchvision/efficientnet_b0",
-    "torchvision/googlenet",
-    "torchvision/inception_v3",
-    "torchvision/raft_small",
-    "timm/repvgg_a0",
-    "timm/tinynet_e",
-]
+def _warnings_of_standardization(model: nn.Module, chosen: set[str], n: int) -> list[str]:
+    """Of a standardization that is taken back; it has to do what was said, or else to leave out the last `n`."""
+    logger, heard = logging.getLogger("ws_algorithm"), _Messages()
+    before = {name for name, child in model.named_modules() if is_weight_standardized(child)}
+    logger.addHandler(heard)
+    try:
+        count = apply_weight_standardization(model, n, layers="normalized")
+    finally:
+        logger.removeHandler(heard)
+    convolutions = {name for name, child in model.named_modules() if isinstance(child, CONVOLUTIONS)}
+    standardized = {name for name in convolutions - before if is_weight_standardized(model.get_submodule(name))}
+    assert count == len(standardized)
+    assert standardized == chosen if n == 0 else len(chosen) - n <= len(standardized) and standardized <= chosen
+    if count:
+        remove_weight_standardization(model)
+    return heard.messages
+
+
+# Forward takes these in evaluation only: in training they need targets
+EVALUATED = [f"torchvision/{name}" for name in DETECTION]
 TRAINED = [f"torchvision/{name}" for name in TORCHVISION + SEGMENTATION + VIDEO + OPTICAL_FLOW]
 TRAINED += [f"timm/{name}" for name in TIMM]
 
 
-@pytest.fixture(scope="module", params=[f"{name}-train" for name in TRAINED] + [f"{name}-eval" for name in EVALUATED])
+@pytest.fixture(scope="module", params=TRAINED + EVALUATED)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    name, mode = request.param.rsplit("-", 1)
-    training = mode == "train"
+    name = request.param
     torch.manual_seed(17)
-    model = build(name).train(training)
-    followed = follow(model, *inputs_of(name, model))
-    logger, heard = logging.getLogger("ws_algorithm"), _Messages()
-    records = inspect_convolutions(model)
-    logger.addHandler(heard)
-    try:
-        normalized = inspect_convolutions(model, layers="normalized")
-    finally:
-        logger.removeHandler(heard)
-    assert model.training == training
-    yield Case(model, followed, records, normalized, heard.messages)
+    model = build(name).train(name in TRAINED)
+    inputs = inputs_of(name, model)
+    followed = follow(model, *inputs)
+    everything = inspect_convolutions(model)
+    normalized = exact = inspect_convolutions(model, layers="normalized")
+    warnings = {}
+    if any(record.order != "traced" for record in normalized):
+        exact = inspect_convolutions(model, layers="normalized", example_input=tuple(inputs))
+        assert {record.order for record in exact} == {"observed"}
+        warnings[1] = _warnings_of_standardization(model, chosen_in(normalized), 1)
+    if followed.normalized != normalized_in(normalized):
+        warnings[0] = _warnings_of_standardization(model, chosen_in(normalized), 0)
+    assert model.training == (name in TRAINED)
+    yield Case(model, followed, everything, normalized, exact, warnings)
     gc.collect()
 
 
-def _can_be_standardized(model: nn.Module, name: str) -> bool:
-    conv: Any = model.get_submodule(name)
-    return type(conv).__name__ not in OWN_STANDARDIZATION and conv.weight[0].numel() > 1
+def normalized_in(records: list[Any]) -> set[str]:
+    return {record.name for record in records if record.normalized_by}
+
+
+def chosen_in(records: list[Any]) -> set[str]:
+    """Those that the package is to standardize, and that no class of its own standardizes already."""
+    return {record.name for record in records if record.standardized and "already" not in record.reason}
+
+
+def can_be_standardized(model: nn.Module) -> set[str]:
+    convolutions = {name: child for name, child in model.named_modules() if isinstance(child, CONVOLUTIONS)}
+    return {
+        name
+        for name, conv in convolutions.items()
+        if type(conv).__name__ not in OWN_STANDARDIZATION and conv.weight[0].numel() > 1
+    }
 
 
 def test_each_convolution_is_recorded_once(case):
     convolutions = {name: m for name, m in case.model.named_modules() if isinstance(m, CONVOLUTIONS)}
 
-    for records in (case.all, case.normalized):
+    for records in (case.all, case.normalized, case.exact):
         assert sorted(record.name for record in records) == sorted(convolutions)
         assert [record.index for record in records] == list(range(len(records)))
         for record in records:
             assert tuple(record.weight_shape) == tuple(convolutions[record.name].weight.shape)
             assert record.fan_in == convolutions[record.name].weight[0].numel()
-    assert {r.name for r in case.all if r.standardized} == {
-        name for name in convolutions if _can_be_standardized(case.model, name)
-    }
+            assert record.reason
+    assert chosen_in(case.all) == can_be_standardized(case.model)
 
 
 def test_none_without_a_normalization_is_standardized(case):
-    assert {record.name for record in case.normalized if record.standardized} <= case.followed.normalized
+    assert chosen_in(case.normalized) <= case.followed.normalized
+    assert normalized_in(case.normalized) <= case.followed.normalized
 
 
-def test_a_traced_selection_is_what_the_run_did(case):
-    if not case.traced:
-        pytest.skip("not traced")
-    normalized = case.followed.normalized
-
-    assert {record.name for record in case.normalized if record.normalized_by} == normalized
-    assert {record.name for record in case.normalized if record.standardized} == {
-        name for name in normalized if _can_be_standardized(case.model, name)
-    }
-    assert [record.name for record in case.normalized] == case.followed.order
+def test_the_selection_is_what_the_run_did(case):
+    assert [record.name for record in case.exact] == case.followed.order
+    assert normalized_in(case.exact) == case.followed.normalized
+    assert chosen_in(case.exact) == case.followed.normalized & can_be_standardized(case.model)
 
 
 def test_the_normalization_that_is_named_is_one_that_the_run_reached(case):
@@ -186,10 +206,27 @@ def test_the_normalization_that_is_named_is_one_that_the_run_reached(case):
 
 
 def test_what_could_not_be_decided_is_warned_of(case):
-    missed = case.followed.normalized - {record.name for record in case.normalized if record.normalized_by}
+    missed = case.followed.normalized - normalized_in(case.normalized)
+    out_of_order = [record.name for record in case.normalized] != case.followed.order
 
-    if missed or any(record.order == "defined" for record in case.normalized):
-        assert case.warnings
+    assert not missed or case.warnings[0]
+    assert not out_of_order or case.warnings[1]
+
+
+# Auxiliary heads run in training only, and some layers do something else in evaluation
+@pytest.mark.parametrize(
+    "name",
+    ["timm/repvgg_a0", "timm/tinynet_e"]
+    + [f"torchvision/{name}" for name in ("convnext_tiny", "efficientnet_b0", "googlenet", "inception_v3", "s3d")],
+)
+def test_a_model_in_evaluation_mode_is_selected_from_as_in_training(name):
+    model = build(name)
+    followed = follow(model.train(), *inputs_of(name, model))
+    records = inspect_convolutions(model.eval(), layers="normalized")
+
+    assert [record.name for record in records] == followed.order
+    assert normalized_in(records) == followed.normalized
+    assert not _warnings_of_standardization(model, chosen_in(records), 0)
 
 
 class Small(nn.Module):

@@ -13,7 +13,7 @@ from composed_runs import bottlenecks, fit, prepare, standardized, two_convoluti
 from composer.algorithms import BlurPool, StochasticDepth
 from composer.core import Algorithm
 from composer.utils import dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from ws_algorithm import WeightStandardization
@@ -38,6 +38,25 @@ def with_weight_norm(put_on: bool) -> Any:
     return model
 
 
+class Branches(nn.Module):
+    """Two convolutions side by side, called in an order of their own in each process."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.names = names
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (self.get_submodule(name)(x) for name in self.names)
+        return first + second
+
+
+def with_branches(names: list[str]) -> Any:
+    model = two_convolutions()
+    model.module[0] = Branches(names)
+    return model
+
+
 def stochastic_depth(layers: Any) -> tuple[Any, Sequence[Algorithm]]:
     algorithms = [WeightStandardization(layers=layers), StochasticDepth("ResNetBottleneck", drop_rate=0.9)]
     return bottlenecks(nn.BatchNorm2d, blocks=(2, 2, 2, 2)), algorithms
@@ -52,6 +71,7 @@ AGREE: dict[str, Callable[[int], tuple[Any, Sequence[Algorithm]]]] = {
     "all": lambda rank: stochastic_depth("all"),
     "normalized": lambda rank: stochastic_depth("normalized"),
     "surgeries": lambda rank: two_surgeries(),
+    "order": lambda rank: (with_branches([["left", "right"], ["right", "left"]][rank]), [WeightStandardization()]),
 }
 DIFFER: dict[str, Callable[[int], tuple[Any, Sequence[Algorithm]]]] = {
     "extra": lambda rank: (with_head(extra=rank == 1), [WeightStandardization()]),

@@ -45,7 +45,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ws-algorithm", description="Weight Standardization for PyTorch and Composer: train and evaluate recipes."
+        prog="ws-algorithm", description="Weight Standardization for PyTorch and Composer: recipes and models."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {ws_algorithm.__version__}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -60,6 +60,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("recipe", metavar="run|recipe", help="the folder of a run, or a recipe with load_path=FILE")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.set_defaults(run=_evaluate)
+
+    inspect = verbs.add_parser(
+        "inspect",
+        help="show which convolutions are standardized, and why",
+        description="Show the convolutions of a model in the order of execution, and what is done with each. Nothing "
+        "is trained or downloaded.",
+    )
+    inspect.add_argument("recipe", metavar="MODEL", help="a recipe, torchvision:NAME or timm:NAME")
+    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="for a recipe")
+    inspect.add_argument("--layers", help="all, or normalized: only those that a normalization layer follows")
+    inspect.add_argument("--include", nargs="+", metavar="PATTERN", help="only these: names of layers, or patterns")
+    inspect.add_argument("--exclude", nargs="+", metavar="PATTERN", help="not these")
+    inspect.add_argument("--n-last-layers-ignore", type=int, metavar="N", help="not the last N that are executed")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    inspect.set_defaults(run=_inspect)
 
     recipes = verbs.add_parser("recipes", help="list the recipes that ship", description="List the shipped recipes.")
     recipes.set_defaults(run=_recipes)
@@ -82,6 +97,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ws_algorithm.recipes.evaluate import evaluate
 
     evaluate(options.recipe, options.overrides)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from ws_algorithm.recipes.inspect import inspect
+
+    names = ("n_last_layers_ignore", "layers", "include", "exclude")
+    rules = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    inspect(options.recipe, options.overrides, as_json=options.json, **rules)
 
 
 def _recipes(options: argparse.Namespace) -> None:

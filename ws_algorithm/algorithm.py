@@ -52,15 +52,15 @@ class WeightStandardization(Algorithm):
             :class:`~ws_algorithm.formula.Formula`. Default: ``"composer"``.
 
     Raises:
-        ValueError: If an argument is not of that kind; from the Trainer, if a convolution cannot be standardized, or the
-            ranks of a distributed run would standardize different ones; from ``fit``, if standardized convolutions are
-            gone.
+        ValueError: If an argument is not of that kind; from the Trainer, if a convolution cannot be standardized, or
+            the ranks of a distributed run would standardize different ones; from ``fit``, if standardized convolutions
+            are gone.
 
     Source: https://arxiv.org/abs/1903.10520.
 
     Example:
-        >>> WeightStandardization(layers="normalized")
-        WeightStandardization(n_last_layers_ignore=0, layers='normalized', include=None, exclude=None, formula='composer')
+        >>> WeightStandardization(layers="normalized").rules
+        Rules(n_last_layers_ignore=0, layers='normalized', include=None, exclude=None)
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class WeightStandardization(Algorithm):
         exclude: Patterns | None = None,
         formula: str | Formula = "composer",
     ) -> None:
-        self._rules = Rules(n_last_layers_ignore, layers, include, exclude)
+        self.rules = Rules(n_last_layers_ignore, layers, include, exclude)
         self._resolved_formula = resolve_formula(formula)
-        self.n_last_layers_ignore = self._rules.n_last_layers_ignore
+        self.n_last_layers_ignore = self.rules.n_last_layers_ignore
         self.formula = formula
         self._standardized: dict[str, nn.Module] = {}
 
     def __repr__(self) -> str:
-        rules = self._rules
+        rules = self.rules
         return (
             f"{type(self).__name__}(n_last_layers_ignore={rules.n_last_layers_ignore}, layers={rules.layers!r}, "
             f"include={rules.include!r}, exclude={rules.exclude!r}, formula={self.formula!r})"
@@ -98,7 +98,7 @@ class WeightStandardization(Algorithm):
         if event == Event.FIT_START:
             _check_still_standardized(self._standardized, state.model)
             return
-        selection = _select_on_all_ranks(state.model, self._rules)
+        selection = _select_on_all_ranks(state.model, self.rules)
         count = standardize_selection(selection, self._resolved_formula)
         self._standardized |= {str(choice): choice.module for choice in selection.chosen}
         logger.log_hyperparameters({"WeightStandardization/num_weights_standardized": count})

@@ -30,8 +30,8 @@ def cautions_about(selection: Selection) -> Iterator[str]:
     yield from _shared_weights(selection)
     if small := [choice for choice in chosen if raw_weight(choice.module).shape[1:].numel() == 2]:
         yield (
-            f"{_listed(small)}: with a fan-in of 2 every standardized weight is 1 or -1, and learning stops. Leave such "
-            "convolutions alone with `exclude`."
+            f"{_listed(small)}: with a fan-in of 2 every standardized weight is 1 or -1, and learning stops. Leave "
+            "such convolutions alone with `exclude`."
         )
     if frozen := [choice for choice in chosen if not raw_weight(choice.module).requires_grad]:
         yield (
@@ -79,7 +79,8 @@ def _undecided(selection: Selection) -> Iterator[str]:
 
 def _shared_weights(selection: Selection) -> Iterator[str]:
     """A raw weight that a layer uses as it is, beside a convolution that standardizes it."""
-    standardized = [choice.module for choice in selection.choices if standardizers_of(choice.module)]
+    chosen = {choice.module for choice in selection.chosen}
+    standardized = chosen | {choice.module for choice in selection.choices if standardizers_of(choice.module)}
     parts = {part for conv in standardized for part in conv.modules()}
     names = {id(raw_weight(choice.module)): choice for choice in selection.chosen}
     for name, layer in selection.module.named_modules():

@@ -36,11 +36,11 @@ def apply_weight_standardization(
 
     .. math:: \hat{W}_{o} = (W_{o} - \mu_{o}) / s_{o}
 
-    Every ``Conv1d``, ``Conv2d`` and ``Conv3d`` that all of the rules below admit computes with :math:`\hat{W}` and learns
-    the raw :math:`W`, which remains the same ``Parameter`` object: an optimizer built before this call keeps working. A
-    convolution that is already standardized stays as it is, so that applying twice equals applying once; one with a
-    fan-in of 1 is left alone, since its standardized weight would be 0. What was and what was not standardized is logged
-    in one line, and whatever deserves a second look as a warning.
+    Every ``Conv1d``, ``Conv2d`` and ``Conv3d`` that all of the rules below admit computes with :math:`\hat{W}` and
+    learns the raw :math:`W`, which remains the same ``Parameter`` object: an optimizer built before this call keeps
+    working. A convolution that is already standardized stays as it is, so that applying twice equals applying once; one
+    with a fan-in of 1 is left alone, since its standardized weight would be 0. What was and what was not standardized
+    is logged in one line, and whatever deserves a second look as a warning.
 
     A drop-in for ``composer.functional.apply_weight_standardization``.
 

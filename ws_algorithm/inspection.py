@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ws_algorithm.layers import raw_weight
-from ws_algorithm.selection import ConvolutionChoice, Layers, Patterns, Predicate, Rules, select_convolutions
+from ws_algorithm.selection import ConvolutionChoice, Layers, Patterns, Predicate, Rules, Selection, select_convolutions
 from ws_algorithm.tracing.execution import Found
 
 
@@ -71,12 +71,16 @@ def inspect_convolutions(
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 10, 1))
         >>> for record in inspect_convolutions(model, layers="normalized"):
         ...     print(record.name, record.standardized, record.reason)
-        0 True followed by 1 (GroupNorm)
+        0 True a norm follows it
         3 False layers='normalized': no norm follows it
     """
     rules = Rules(n_last_layers_ignore, layers, include, exclude, predicate)
-    selection = select_convolutions(module, rules, example_input)
-    names = {layer: name for name, layer in module.named_modules()}
+    return records_of(select_convolutions(module, rules, example_input))
+
+
+def records_of(selection: Selection) -> list[ConvolutionRecord]:
+    """A record of each convolution of a selection."""
+    names = {layer: name for name, layer in selection.module.named_modules()}
     return [_record(index, choice, names) for index, choice in enumerate(selection.choices)]
 
 
@@ -110,7 +114,7 @@ def _reason(choice: ConvolutionChoice, normalized_by: str | None) -> str:
     if choice.refused_because is not None:
         return f"cannot be: {choice.refused_because}"
     if normalized_by is not None:
-        return f"followed by {normalized_by}"
+        return "a norm follows it"
     if not choice.place.executed:
         return "layers='all', although forward does not use it"
     if choice.place.undecided:

@@ -54,7 +54,7 @@ _STANDARDIZED_LAYERS = frozenset(
 # `_NormBase` of torch is a base of batch and instance norms alike
 _NORMALIZATIONS = (batchnorm._NormBase, instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
-# Norms that other packages derive from Module: FrozenBatchNorm2d, GhostBatchNorm2d, EvoNorm2dS0, InplaceAbn, RmsNorm ...
+# Norms that other packages derive from Module: FrozenBatchNorm2d, GhostBatchNorm2d, EvoNorm2dS0, InplaceAbn, RmsNorm
 _NORMALIZATION_NAME = re.compile(
     r"(Batch|Group|Layer|Instance|R[Mm][Ss]|Evo|FilterResponse|Switchable)Norm|^In[Pp]laceA[Bb][Nn]|^ABN$"
 )

@@ -237,8 +237,8 @@ def _reason_to_refuse(conv: nn.Module) -> str | None:
     """What is in the way of standardizing a convolution, and how to remove it."""
     if hasattr(conv, "weight_fake_quant"):
         return (
-            "it is prepared for quantization-aware training, whose conversion would quantize the raw weight. Standardize "
-            "and fold (fold_weight_standardization) before preparing"
+            "it is prepared for quantization-aware training, whose conversion would quantize the raw weight. "
+            "Standardize and fold (fold_weight_standardization) before preparing"
         )
     for parametrization in parametrizations_of(conv):
         function = _CONFLICTING_PARAMETRIZATIONS.get(type(parametrization).__name__)

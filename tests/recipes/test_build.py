@@ -46,8 +46,8 @@ def test_blocks_become_what_they_name():
         ],
     )
 
-    other, standardization = build.build_algorithms(recipe)  # surgery of others comes first
-    assert repr(standardization) == "WeightStandardization(n_last_layers_ignore=1, formula='paper')"
+    standardization, other = build.build_algorithms(recipe)
+    assert repr(standardization) == repr(WeightStandardization(1, formula="paper"))
     assert type(other) is registry.ALGORITHMS["LabelSmoothing"]
     assert [type(callback).__name__ for callback in build.build_callbacks(recipe)] == ["SpeedMonitor"]
     assert [type(logger).__name__ for logger in build.build_loggers(recipe)] == ["FileLogger", "InMemoryLogger"]

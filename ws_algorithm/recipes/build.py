@@ -14,7 +14,6 @@ from composer.optim import ComposerScheduler
 from composer.utils import dist
 from torch import nn
 
-from ws_algorithm.algorithm import WeightStandardization
 from ws_algorithm.recipes import registry
 from ws_algorithm.recipes.parameter_groups import parameter_groups
 from ws_algorithm.recipes.schema import Recipe, RecipeError
@@ -60,9 +59,7 @@ def build_scheduler(recipe: Recipe) -> ComposerScheduler | None:
 
 
 def build_algorithms(recipe: Recipe) -> list[Algorithm]:
-    """The algorithms of a recipe, Weight Standardization last: surgery that replaces convolutions comes before it."""
-    built = _build_each(registry.ALGORITHMS, recipe.algorithms)
-    return sorted(built, key=lambda algorithm: isinstance(algorithm, WeightStandardization))
+    return _build_each(registry.ALGORITHMS, recipe.algorithms)
 
 
 def build_callbacks(recipe: Recipe) -> list[Callback]:

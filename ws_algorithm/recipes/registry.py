@@ -47,6 +47,8 @@ OPTIMIZERS: Registry = {
 }
 SCHEDULERS: Registry = _classes((optim,), ComposerScheduler)
 ALGORITHMS: Registry = _classes((algorithms,), Algorithm) | {"WeightStandardization": WeightStandardization}
+# Algorithms that replace or rename layers of the model that a recipe builds
+SURGERY = frozenset({"BlurPool", "Factorize", "GhostBatchNorm", "SqueezeExcite", "StochasticDepth"})
 CALLBACKS: Registry = _classes((callbacks,), Callback) | {"EarlyStopper": EarlyStopper}
 LOGGERS: Registry = _classes((loggers,), LoggerDestination)
 

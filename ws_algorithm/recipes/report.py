@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,16 @@ def images_per_second(rows: list[Row]) -> float | None:
     return rows[-1]["sample"] / rows[-1]["seconds"] if rows and rows[-1]["seconds"] else None
 
 
-def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]], right: Collection[int] | None = None) -> str:
+    """Columns aligned to the left, or to the right if named in `right`; by default all but the first are."""
+    right = range(1, len(header)) if right is None else right
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = []
     for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 

@@ -18,12 +18,15 @@ from composer.models import ComposerModel
 from composer.utils import dist
 from torch import nn
 
+from ws_algorithm.algorithm import WeightStandardization
+from ws_algorithm.functional import check_selection
 from ws_algorithm.recipes import build, registry
 from ws_algorithm.recipes.best_checkpoint import monitorable
 from ws_algorithm.recipes.catalogue import find_recipe
 from ws_algorithm.recipes.schema import Recipe, RecipeError, check_batch_sizes, did_you_mean, first_line, read_recipe
 from ws_algorithm.recipes.signatures import MISSING_VALUE, check_arguments
 from ws_algorithm.recipes.values import check_values
+from ws_algorithm.selection import select_convolutions
 
 # block -> the names it may have, the arguments that are filled in by the run
 _NAMED_BLOCKS: dict[str, tuple[registry.Registry, tuple[str, ...]]] = {
@@ -144,12 +147,14 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
         try:
             return make()
         except Exception as error:  # a constructor may refuse its arguments with any error
-            errors.append(f"`{key}`: {first_line(error)}.")
+            problem = first_line(error)
+            errors.append(f"`{key}`: {problem}{'' if problem.endswith('?') else '.'}")
             return None
 
+    built: dict[str, Any] = {}
     for key, make in (("algorithms", build.build_algorithms), ("callbacks", build.build_callbacks)):
         for name, arguments in (getattr(recipe, key) or {}).items():
-            attempt(f"{key}.{name}", partial(make, replace(recipe, **{key: {name: arguments}})))
+            built[name] = attempt(f"{key}.{name}", partial(make, replace(recipe, **{key: {name: arguments}})))
     timed = not any(error.startswith(("`max_duration`", "`scale_schedule_ratio`")) for error in found)
     attempt("schedulers", lambda: _try_scheduler(recipe) if timed else build.build_scheduler(recipe))
     with torch.device("meta"):
@@ -165,6 +170,8 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
                     f"optimizers.param_groups[{position}]",
                     partial(_try_optimizer, recipe, **build.group_options(group)),
                 )
+        if model is not None and built.get("WeightStandardization") and not registry.SURGERY & built.keys():
+            attempt("algorithms.WeightStandardization", lambda: _try_selection(*built["WeightStandardization"], model))
     if model is not None:
         errors += _check_stoppers(recipe, model)
     if recipe.monitor is not None and recipe.eval_dataloader is None:
@@ -178,6 +185,11 @@ def _try_optimizer(recipe: Recipe, **options: Any) -> None:
     """Build the optimizer without the model, with the options of a group as its own: torch judges only these."""
     block = recipe.optimizers | options | {"param_groups": None}
     build.build_optimizer(replace(recipe, optimizers=block), nn.Linear(1, 1))
+
+
+def _try_selection(algorithm: WeightStandardization, model: ComposerModel) -> None:
+    """Look for the layers that Weight Standardization is to find, where no other surgery will have changed them."""
+    check_selection(select_convolutions(model, algorithm.rules))
 
 
 def _try_scheduler(recipe: Recipe) -> None:

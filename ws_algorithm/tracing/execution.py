@@ -24,7 +24,7 @@ class Place:
         found: How its place in the order was found. ``traced``: from forward itself, run with symbols; ``observed``:
             from a run with an example input; ``traced in parts``: within a part of the model, and the parts are in the
             order of their definition; ``defined``: by the order of definition alone.
-        norm: The norm that follows it wherever it is used, a layer or the name of a function; ``None`` if there is none.
+        norm: The norm that follows it wherever it is used, a layer or the name of a function; ``None`` for no norm.
         undecided: Whether a norm may follow that was not seen.
         executed: Whether forward uses it at all.
     """

@@ -31,7 +31,7 @@ def observed_runs(module: nn.Module, example_input: Any) -> list[Run]:
         evaluation.go(args)
     except Exception as error:
         raise ValueError(
-            f"`example_input` does not fit {type(module).__name__}: its forward raised {type(error).__name__}: {error}. "
+            f"`example_input` does not fit {type(module).__name__}: forward raised {type(error).__name__}: {error}. "
             "Give the only argument of forward, or a tuple of all positional ones."
         ) from error
     if convolutions <= Reading(evaluation.operations).calls.keys():
