@@ -54,6 +54,59 @@ def subclassed_convolutions(apply: Apply) -> str:
     return f"{len(standardized(model))} of {sum(isinstance(module, nn.Conv3d) for module in model.modules())}"
 
 
+def stochastic_depth(apply: Apply) -> str:
+    counts = []
+    for seed in range(5):
+        model = torchvision.models.resnet50()
+        composer.functional.apply_stochastic_depth(model, target_layer_name="ResNetBottleneck", drop_rate=0.2)
+        torch.manual_seed(seed)
+        counts.append(apply(model))
+    return f"{', '.join(map(str, sorted(set(counts))))} of 53"
+
+
+def bad_start(apply: Apply) -> str:
+    torch.manual_seed(0)
+    model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
+    images, labels = torch.randn(2, 3, 96, 96), torch.randint(0, 21, (2, 96, 96))
+    before = float(nn.functional.cross_entropy(model(images)["out"], labels))
+    with Warnings() as heard:
+        apply(model)
+    after = float(nn.functional.cross_entropy(model(images)["out"], labels))
+    return f"{before:.2f} to {after:.2f}, {'warns' if heard.names_a_layer else 'silent'}"
+
+
+def by_the_papers_rule(apply: Apply) -> str:
+    if apply is composers:
+        return "no such rule"
+    torch.manual_seed(0)
+    model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
+    images, labels = torch.randn(2, 3, 96, 96), torch.randint(0, 21, (2, 96, 96))
+    before = float(nn.functional.cross_entropy(model(images)["out"], labels))
+    count = ours(model, layers="normalized")
+    after = float(nn.functional.cross_entropy(model(images)["out"], labels))
+    return f"{count} of 61; {before:.2f} to {after:.2f}"
+
+
+class Warnings(logging.Handler):
+    """Whether, meanwhile, a warning named the layer that nothing normalizes."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.names_a_layer = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.names_a_layer |= "classifier.4" in record.getMessage()
+
+    def __enter__(self) -> Warnings:
+        logging.disable(logging.NOTSET)
+        for logger in ("composer", "ws_algorithm"):
+            logging.getLogger(logger).addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable()
+
+
 def ignore_the_head(apply: Apply) -> str:
     model = HeadDefinedFirst()
     apply(model, n_last_layers_ignore=1)
@@ -134,6 +187,9 @@ def times() -> tuple[list[float], list[float]]:
 
 ROWS = {
     "torchvision r3d_18: Conv3d layers standardized": subclassed_convolutions,
+    "StochasticDepth first, five seeds": stochastic_depth,
+    "initial loss, deeplabv3_resnet50": bad_start,
+    "the same by the paper's rule": by_the_papers_rule,
     "head defined before body, n_last_layers_ignore=1": ignore_the_head,
     "the model is a convolution": convolution_itself,
     "applied twice": applied_twice,

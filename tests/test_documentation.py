@@ -45,7 +45,7 @@ def test_python_blocks_run_in_order(page: Path) -> None:
 
 def test_the_readme_shows_three_ways_and_its_pages_have_code() -> None:
     readme, method = ROOT / "README.md", ROOT / "docs" / "method.md"
-    assert len(blocks(readme, "python")) == 2 and len(blocks(readme, "bash")) == 3  # Trainer, loop; set-ups, recipe
+    assert len(blocks(readme, "python")) == 2 and len(blocks(readme, "bash")) == 4  # Trainer, loop; set-ups, recipe
     assert len(blocks(method, "python")) == 5
 
 
@@ -53,7 +53,7 @@ def commands() -> list[str]:
     """Command lines of the program in pages and in the headers of recipes, without comments."""
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
     lines += [line.lstrip("# ") for recipe in RECIPES for line in recipe.read_text(encoding="utf-8").splitlines()]
-    found = [re.search(r"(?:ws-algorithm|-m ws_algorithm) ((?:train|evaluate|recipes)\b[^#]*)", line) for line in lines]
+    found = [re.search(r"(?:ws-algorithm|-m ws_algorithm) ((?:train|evaluate|inspect|recipes)\b[^#]*)", line) for line in lines]
     return sorted({match[1].strip() for match in found if match})
 
 
@@ -67,7 +67,13 @@ def test_documented_train_commands_resolve(command: str, capsys: pytest.CaptureF
     assert yaml.safe_load(capsys.readouterr().out)["model"]["name"]
 
 
-@pytest.mark.parametrize("block", blocks(ROOT / "docs" / "recipes.md", "yaml"))
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("inspect")])
+def test_documented_inspect_commands_work(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split(command)) == 0
+    assert " convolutions standardized with " in capsys.readouterr().out or "--json" in command
+
+
+@pytest.mark.parametrize("block", [b for page in PAGES if page.name != "README.md" for b in blocks(page, "yaml")])
 def test_documented_yaml_is_part_of_a_recipe(block: str, tmp_path: Path) -> None:
     recipe = yaml.safe_load((ROOT / "yamls" / "quickstart.yaml").read_text(encoding="utf-8")) | yaml.safe_load(block)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from logging.handlers import BufferingHandler
 from typing import Any
 from unittest import mock
 
@@ -70,10 +71,8 @@ def build(name: str) -> nn.Module:
         with torch.device("cpu"):
             return block_widths(*args, **kwargs)
 
-    with (
-        mock.patch.object(regnet.BlockParams, "from_init_params", block_widths_on_cpu),
-        torch.device("cpu" if name in DETECTION else "meta"),
-    ):
+    device = torch.device("cpu" if name in DETECTION else "meta")
+    with mock.patch.object(regnet.BlockParams, "from_init_params", block_widths_on_cpu), device:
         return timm.create_model(name, pretrained=False) if library == "timm" else _build_torchvision(name)
 
 
@@ -103,18 +102,9 @@ class Case:
     warnings: dict[int, list[str]]  # of the standardization with layers="normalized", by n_last_layers_ignore
 
 
-class _Messages(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
 def _warnings_of_standardization(model: nn.Module, chosen: set[str], n: int) -> list[str]:
     """Of a standardization that is taken back; it has to do what was said, or else to leave out the last `n`."""
-    logger, heard = logging.getLogger("ws_algorithm"), _Messages()
+    logger, heard = logging.getLogger("ws_algorithm"), BufferingHandler(capacity=1000)
     before = {name for name, child in model.named_modules() if is_weight_standardized(child)}
     logger.addHandler(heard)
     try:
@@ -127,10 +117,10 @@ def _warnings_of_standardization(model: nn.Module, chosen: set[str], n: int) -> 
     assert standardized == chosen if n == 0 else len(chosen) - n <= len(standardized) and standardized <= chosen
     if count:
         remove_weight_standardization(model)
-    return heard.messages
+    return [record.getMessage() for record in heard.buffer if record.levelno == logging.WARNING]
 
 
-# Forward takes these in evaluation only: in training they need targets
+# In training these need targets
 EVALUATED = [f"torchvision/{name}" for name in DETECTION]
 TRAINED = [f"torchvision/{name}" for name in TORCHVISION + SEGMENTATION + VIDEO + OPTICAL_FLOW]
 TRAINED += [f"timm/{name}" for name in TIMM]
@@ -167,11 +157,11 @@ def chosen_in(records: list[Any]) -> set[str]:
 
 
 def can_be_standardized(model: nn.Module) -> set[str]:
-    convolutions = {name: child for name, child in model.named_modules() if isinstance(child, CONVOLUTIONS)}
     return {
         name
-        for name, conv in convolutions.items()
-        if type(conv).__name__ not in OWN_STANDARDIZATION and conv.weight[0].numel() > 1
+        for name, layer in model.named_modules()
+        if isinstance(layer, CONVOLUTIONS)
+        if type(layer).__name__ not in OWN_STANDARDIZATION and layer.weight[0].numel() > 1
     }
 
 
@@ -180,11 +170,10 @@ def test_each_convolution_is_recorded_once(case):
 
     for records in (case.all, case.normalized, case.exact):
         assert sorted(record.name for record in records) == sorted(convolutions)
-        assert [record.index for record in records] == list(range(len(records)))
-        for record in records:
-            assert tuple(record.weight_shape) == tuple(convolutions[record.name].weight.shape)
-            assert record.fan_in == convolutions[record.name].weight[0].numel()
-            assert record.reason
+        for index, record in enumerate(records):
+            weight = convolutions[record.name].weight
+            assert record.index == index and record.reason
+            assert record.weight_shape == tuple(weight.shape) and record.fan_in == weight[0].numel()
     assert chosen_in(case.all) == can_be_standardized(case.model)
 
 
@@ -238,41 +227,45 @@ class Small(nn.Module):
         return self.body(self, x)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        lambda net, x: net.norm(net.conv(x)),
-        lambda net, x: net.norm(net.conv(x) + x),
-        lambda net, x: net.norm(net.dropout(net.conv(x)).add_(x)),
-        lambda net, x: net.norm(torch.cat([x, net.conv(x)]).flip(0)),
-        lambda net, x: net.norm(F.pad(net.conv(x), (1, 1)).clone()),
-        lambda net, x: net.norm(torch.roll(net.conv(x), 1, 2).chunk(2, -1)[0]),
-        lambda net, x: F.layer_norm(net.conv(x).permute(0, 2, 3, 1), (4,)),
-        lambda net, x: [F.batch_norm(y := net.conv(x), None, None, training=True), F.relu(y)],
-        lambda net, x: net.norm(net.conv(net.norm(net.conv(x)))),
-    ],
-)
-def test_the_run_follows_through(body):
-    assert follow(Small(body), torch.ones(2, 4, 8, 8)).normalized == {"conv"}
+Body = Callable[[Any, torch.Tensor], Any]
+FOLLOWED_BY_A_NORM: dict[str, Body] = {
+    "at once": lambda net, x: net.norm(net.conv(x)),
+    "after a sum": lambda net, x: net.norm(net.conv(x) + x),
+    "after a sum in place": lambda net, x: [y := x.clone(), y.add_(net.conv(x)), net.norm(y)],
+    "after dropout": lambda net, x: net.norm(net.dropout(net.conv(x)).add_(x)),
+    "after cat and flip": lambda net, x: net.norm(torch.cat([x, net.conv(x)]).flip(0)),
+    "after padding": lambda net, x: net.norm(F.pad(net.conv(x), (1, 1)).clone()),
+    "after roll and chunk": lambda net, x: net.norm(torch.roll(net.conv(x), 1, 2).chunk(2, -1)[0]),
+    "a function": lambda net, x: F.layer_norm(net.conv(x).permute(0, 2, 3, 1), (4,)),
+    "on one path": lambda net, x: [F.batch_norm(y := net.conv(x), None, None, training=True), F.relu(y)],
+    "twice": lambda net, x: net.norm(net.conv(net.norm(net.conv(x)))),
+}
+FOLLOWED_BY_NONE: dict[str, Body] = {
+    "behind a norm": lambda net, x: net.conv(net.norm(x)),
+    "relu": lambda net, x: net.norm(F.relu(net.conv(x))),
+    "relu in place": lambda net, x: [y := net.conv(x), F.relu_(y), net.norm(y)],
+    "a product": lambda net, x: net.norm(net.conv(x) * 2),
+    "pooling": lambda net, x: net.norm(F.max_pool2d(net.conv(x), 2)),
+    "interpolation": lambda net, x: net.norm(F.interpolate(net.conv(x), scale_factor=2.0)),
+    "local response": lambda net, x: F.local_response_norm(net.conv(x), 2),
+    "one of two uses": lambda net, x: [net.norm(net.conv(x)), net.conv(x)],
+    "the second of two uses": lambda net, x: net.norm(net.conv(F.relu(net.conv(x)))),
+    "unused": lambda net, x: net.norm(x),
+}
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        lambda net, x: net.conv(net.norm(x)),
-        lambda net, x: net.norm(F.relu(net.conv(x))),
-        lambda net, x: [y := net.conv(x), F.relu_(y), net.norm(y)],
-        lambda net, x: net.norm(net.conv(x) * 2),
-        lambda net, x: net.norm(F.max_pool2d(net.conv(x), 2)),
-        lambda net, x: net.norm(F.interpolate(net.conv(x), scale_factor=2.0)),
-        lambda net, x: F.local_response_norm(net.conv(x), 2),
-        lambda net, x: [net.norm(net.conv(x)), net.conv(x)],
-        lambda net, x: net.norm(net.conv(F.relu(net.conv(x)))),
-        lambda net, x: net.norm(x),
-    ],
-)
-def test_the_run_does_not_follow_through(body):
-    assert follow(Small(body), torch.ones(2, 4, 8, 8)).normalized == set()
+@pytest.mark.parametrize("name", FOLLOWED_BY_A_NORM | FOLLOWED_BY_NONE)
+def test_the_run_of_a_small_model(name):
+    followed = follow(Small((FOLLOWED_BY_A_NORM | FOLLOWED_BY_NONE)[name]), torch.ones(2, 4, 8, 8))
+
+    assert followed.normalized == ({"conv"} if name in FOLLOWED_BY_A_NORM else set())
+
+
+@pytest.mark.parametrize("name", FOLLOWED_BY_A_NORM | FOLLOWED_BY_NONE)
+def test_the_selection_from_a_small_model(name):
+    records = inspect_convolutions(Small((FOLLOWED_BY_A_NORM | FOLLOWED_BY_NONE)[name]), layers="normalized")
+
+    assert normalized_in(records) == ({"conv"} if name in FOLLOWED_BY_A_NORM else set())
 
 
 BY_HAND: dict[str, Callable[[str], bool]] = {  # which convolutions have no norm, read off the definitions

@@ -1,6 +1,8 @@
-"""Weight Standardization as a Composer algorithm: an event to a function, no logic of its own."""
+"""Weight Standardization as a Composer algorithm: at any place of a Trainer's list, and alike on all ranks."""
 
 from __future__ import annotations
+
+import logging
 
 try:
     from composer.core import Algorithm, Event, State
@@ -14,7 +16,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from composer.algorithms import EMA, SWA
+from composer.algorithms import EMA, SWA, LayerFreezing
 from composer.utils import dist
 from torch import nn
 
@@ -22,6 +24,8 @@ from ws_algorithm.formula import Formula, resolve_formula
 from ws_algorithm.functional import check_selection, standardize_selection
 from ws_algorithm.layers import standardizers_of
 from ws_algorithm.selection import Layers, Patterns, Rules, Selection, select_convolutions
+
+log = logging.getLogger(__name__)
 
 
 class WeightStandardization(Algorithm):
@@ -77,6 +81,7 @@ class WeightStandardization(Algorithm):
         self.n_last_layers_ignore = self.rules.n_last_layers_ignore
         self.formula = formula
         self._standardized: dict[str, nn.Module] = {}
+        self._is_check_due = False
 
     def __repr__(self) -> str:
         rules = self.rules
@@ -92,19 +97,27 @@ class WeightStandardization(Algorithm):
     def match(self, event: Event, state: State) -> bool:
         if event == Event.INIT:
             return not _deferred(self, state.algorithms)
+        if event == Event.BATCH_START:
+            return self._is_check_due
         return event == Event.FIT_START and bool(self._standardized)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        if event == Event.FIT_START:
+        if event == Event.FIT_START:  # others may still come on this event
+            self._is_check_due = True
+            return
+        if event == Event.BATCH_START:
+            self._is_check_due = False
             _check_still_standardized(self._standardized, state.model)
             return
-        selection = _select_on_all_ranks(state.model, self.rules)
+        selection = _select_on_all_ranks(state.model, self.rules, self._resolved_formula)
         count = standardize_selection(selection, self._resolved_formula)
-        self._standardized |= {str(choice): choice.module for choice in selection.chosen}
+        self._standardized = {str(c): c.module for c in selection.choices if standardizers_of(c.module)}
         logger.log_hyperparameters({"WeightStandardization/num_weights_standardized": count})
         for algorithm in state.algorithms:
             if isinstance(algorithm, (EMA, SWA)):  # their copies of the model need the parameters it has now
                 algorithm.apply(Event.INIT, state, logger)
+            if isinstance(algorithm, LayerFreezing):
+                log.warning("LayerFreezing freezes layers without parts only, so it never freezes one standardized.")
 
 
 class _AtTheEnd(Algorithm):
@@ -136,13 +149,13 @@ def _deferred(algorithm: WeightStandardization, algorithms: list[Algorithm]) -> 
     return True
 
 
-def _select_on_all_ranks(model: nn.Module, rules: Rules) -> Selection:
+def _select_on_all_ranks(model: nn.Module, rules: Rules, formula: Formula) -> Selection:
     """Select, and stop on every rank if one of them cannot, or two would standardize different convolutions."""
     selection, outcome = None, None
     try:
         selection = select_convolutions(model, rules)
         check_selection(selection)
-        outcome = [str(choice) for choice in selection.chosen]
+        outcome = [repr(formula), *sorted(str(choice) for choice in selection.chosen)]
     except ValueError as error:
         if dist.get_world_size() == 1:
             raise
@@ -154,25 +167,37 @@ def _select_on_all_ranks(model: nn.Module, rules: Rules) -> Selection:
 
 
 def _check_ranks_agree(outcomes: list[list[str] | str]) -> None:
-    """Raise ``ValueError`` unless all ranks chose the same convolutions; a string is the complaint of a rank."""
+    """Raise ``ValueError`` unless all ranks have the same formula and convolutions; a string is a rank's complaint."""
     for rank, outcome in enumerate(outcomes):
         if isinstance(outcome, str):
             raise ValueError(f"Rank {rank}: {outcome}")
         if outcome != outcomes[0]:
-            first, other = outcomes[0], outcome
+            first, other = outcomes[0][1:], outcome[1:]
+            formulas = f"by {outcomes[0][0]} and {outcome[0]}; " if outcome[0] != outcomes[0][0] else ""
             raise ValueError(
-                f"The ranks would standardize different convolutions: rank 0 {len(first)}, rank {rank} {len(other)}; "
-                f"only rank 0: {', '.join(sorted(set(first) - set(other))) or 'none'}; only rank {rank}: "
+                f"The ranks would standardize differently: rank 0 {len(first)} convolutions, rank {rank} {len(other)}; "
+                f"{formulas}only rank 0: {', '.join(sorted(set(first) - set(other))) or 'none'}; only rank {rank}: "
                 f"{', '.join(sorted(set(other) - set(first))) or 'none'}. Build the same model on every rank."
             )
 
 
 def _check_still_standardized(standardized: dict[str, nn.Module], model: nn.Module) -> None:
-    present = set(model.modules())
-    gone = [name for name, conv in standardized.items() if conv not in present or not standardizers_of(conv)]
+    """Raise ``ValueError`` for convolutions that are gone, unless a standardized one stands in their place."""
+    present = {_unwrapped(name): layer for name, layer in model.named_modules() if standardizers_of(layer)}
+    layers = set(present.values())
+    gone = [
+        name
+        for name, conv in standardized.items()
+        if conv not in layers and name not in present and f"module.{name}" not in present
+    ]
     if gone:
         raise ValueError(
             f"{len(gone)} convolutions that WeightStandardization standardized are gone or no longer standardized: "
             f"{', '.join(gone)}. Something replaced them after Event.INIT; let it do so on Event.INIT, or before the "
             "Trainer is built."
         )
+
+
+def _unwrapped(name: str) -> str:
+    """A qualified name without what torch.compile and FSDP put into it."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
