@@ -25,8 +25,8 @@ _PLACES_AND_SHAPES = (
     "reshape view view_as reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t "
     "T mT H mH adjoint contiguous squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk "
     "split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit unbind narrow select index_select "
-    "getitem __getitem__ take pad constant_pad_nd roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle "
-    "native_channel_shuffle clone detach data to type type_as float half bfloat16 double cuda cpu alias"
+    "getitem __getitem__ setitem __setitem__ take pad constant_pad_nd roll flip rot90 pixel_shuffle pixel_unshuffle "
+    "channel_shuffle native_channel_shuffle clone detach data to type type_as float half bfloat16 double cuda cpu alias"
 )
 _JOINS = "cat concat concatenate stack hstack vstack dstack column_stack row_stack"
 _SUMS = "add add_ iadd __add__ __radd__ __iadd__"

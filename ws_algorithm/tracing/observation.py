@@ -78,6 +78,8 @@ class _Observation(Recorder):
         result = func(*args, **kwargs)
         if not self._inside_layer and any(isinstance(value, Tensor) for value in tree_leaves(result)):
             self._note(result, self.add(name_of(func), (args, kwargs)))
+        elif name_of(func) == "__setitem__" and not self._inside_layer:
+            self._note(args[0], self.add("__setitem__", (args, kwargs)))
         return result
 
     def _note(self, result: Any, position: int) -> None:

@@ -8,13 +8,18 @@ two different ones, and random draws are symbols as well.
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ws_algorithm.layers import is_convolution
 from ws_algorithm.tracing.following import Reading
@@ -24,11 +29,16 @@ from ws_algorithm.tracing.recorder import INPUT, OUTPUT, Recorder, Run, name_of
 _NUMBERS = (4, 7)
 # A forward with more conditions is not tried in all its ways
 _MOST_CONDITIONS = 32
+# After so many equal answers at one place, a loop is told to end
+_MOST_ROUNDS = 256
 
 _DRAWS = frozenset(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal normal_ "
     "uniform_ random_ exponential_ geometric_ cauchy_ log_normal_ poisson".split()
 )
+
+# Functions of torch that look at their arguments before they let a symbol answer
+_STRICT_FUNCTIONS = "arange linspace full tril_indices triu_indices cat concat stack".split()
 
 Answers = Mapping[Hashable, bool]
 
@@ -107,10 +117,11 @@ class _Trial(Recorder):
         self.answers = dict(answers)
         self.gave_a_number = False
         self._number = number
+        self._rounds: Counter[Hashable] = Counter()
 
     def go(self) -> None:
         args, kwargs = self._arguments()
-        with self:
+        with self, self._lenient_functions():
             output = self.shadow.forward(*args, **kwargs)
         self.add(OUTPUT, output)
 
@@ -129,7 +140,7 @@ class _Trial(Recorder):
         return args, kwargs
 
     def call_layer(self, part: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        return self._symbol(self.add(type(part).__name__, (args, kwargs), part))
+        return self._result_of(type(part).__name__, args, kwargs, part)
 
     def position_of(self, value: Any) -> int | None:
         return value.node if isinstance(value, fx.Proxy) else None  # pyright: ignore
@@ -138,11 +149,26 @@ class _Trial(Recorder):
         kwargs = kwargs or {}
         name, values = name_of(func), tree_leaves((args, kwargs))
         if name in _DRAWS or any(isinstance(value, fx.Proxy) for value in values):
-            return self._symbol(self.add(name, (args, kwargs)))
-        result = func(*args, **kwargs)
+            return self._result_of(name, args, kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except RuntimeError:  # a tensor made for the input, which is said to be on the CPU, and one of the copy
+            args, kwargs = tree_map(_without_data, (args, kwargs))
+            result = func(*args, **kwargs)
         if any(self.is_weight(value) for value in values) and isinstance(result, Tensor):
-            return self._symbol(self.add(name, (args, kwargs)))
+            return self._result_of(name, args, kwargs)
         return result
+
+    def _result_of(self, name: str, args: Any, kwargs: Any, part: nn.Module | None = None) -> Any:
+        """Write an operation down; one that works in place changes what its first argument stands for."""
+        position = self.add(name, (args, kwargs), part)
+        if name in ("setitem", "__setitem__") or _works_in_place(name, kwargs, part):
+            changed = next(iter(args), None)
+            if isinstance(changed, _Symbol):
+                changed.node = position  # pyright: ignore
+            elif isinstance(changed, Tensor):
+                raise TypeError("forward writes what it computes from its input into a tensor of its own")
+        return self._symbol(position)
 
     # What fx's Proxy expects of a tracer
 
@@ -150,7 +176,7 @@ class _Trial(Recorder):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
         name = target if isinstance(target, str) else args[1] if target is getattr else name_of(target)
-        return self._symbol(self.add(name, (args, kwargs)))
+        return self._result_of(name, args, kwargs)
 
     def iter(self, symbol: Any) -> Iterator[Any]:
         return (symbol[index] for index in range(self.give_a_number()))
@@ -162,7 +188,9 @@ class _Trial(Recorder):
         place = _place_in_forward()
         if place not in self.asked:
             self.asked.append(place)
-        return self.answers.setdefault(place, True)
+        self._rounds[place] += 1
+        answer = self.answers.setdefault(place, True)
+        return answer if self._rounds[place] <= _MOST_ROUNDS else not answer
 
     def give_a_number(self) -> int:
         self.gave_a_number = True
@@ -170,6 +198,25 @@ class _Trial(Recorder):
 
     def _symbol(self, position: int) -> Any:
         return _Symbol(position, self)  # pyright: ignore
+
+    @contextmanager
+    def _lenient_functions(self) -> Iterator[None]:
+        def lenient(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
+                    return self._result_of(name_of(function), args, kwargs)
+                return function(*args, **kwargs)
+
+            return call
+
+        with ExitStack() as stack:
+            for name in _STRICT_FUNCTIONS:
+                stack.enter_context(mock.patch.object(torch, name, lenient(getattr(torch, name))))
+            yield
+
+
+# What a forward passes on to functions that accept nothing else
+_KNOWN_ATTRIBUTES = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 class _Numeric:
@@ -189,10 +236,24 @@ class _Numeric:
     def __float__(self) -> float:
         return float(self.tracer.give_a_number())
 
+    def __round__(self, digits: int = 0) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other  # pyright: ignore
+
     def __repr__(self) -> str:
         return "<symbol>"
 
+    def __format__(self, specification: str) -> str:
+        return repr(self)
+
     def __getattr__(self, name: str) -> Any:
+        if name in _KNOWN_ATTRIBUTES:
+            return _KNOWN_ATTRIBUTES[name]
         return _SymbolAttribute(self, name)  # pyright: ignore
 
 
@@ -207,6 +268,15 @@ class _Symbol(_Numeric, fx.Proxy):
 
 class _SymbolAttribute(_Numeric, Attribute):
     """An attribute of a symbol: a property, or a method about to be called."""
+
+
+def _works_in_place(name: str, kwargs: Any, part: nn.Module | None) -> bool:
+    named_so = name.endswith("_") and not name.endswith("__")
+    return named_so or kwargs.get("inplace") is True or getattr(part, "inplace", False) is True
+
+
+def _without_data(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _place_in_forward() -> Hashable:
