@@ -75,7 +75,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def look(model: nn.Module, example_input: Any = None, n: int = 0, layers: Layers = "normalized") -> Selection:
-    with within(20):
+    with within(5):
         return select_convolutions(model, Rules(n, layers), example_input)
 
 

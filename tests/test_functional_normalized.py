@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,8 +16,9 @@ from ws_algorithm.selection import Rules, select_convolutions
 # Values of a program are numbered; value 0 is the input. A step makes the next value: (operation, layer, operands)
 Step = tuple[str, int, tuple[int, ...]]
 
-PASSING = ("reshape", "identity", "dropout", "add", "add in place", "cat")
-BLOCKING = ("relu", "relu layer", "relu in place", "pool", "mul", "branch")
+JOINING = ("add", "add in place", "add discarded", "cat")
+PASSING = ("reshape", "identity", "dropout", *JOINING)
+BLOCKING = ("relu", "relu layer", "relu in place", "relu discarded", "pool", "mul", "branch")
 OPERATIONS = ("conv", "conv", "functional conv", "norm", "functional norm", *PASSING, *BLOCKING)
 
 
@@ -64,6 +65,10 @@ class Program(nn.Module):
                 x = x.clone()
                 x += y
                 return x
+            case "add discarded":
+                x = x.clone()
+                x.add_(y)
+                return x
             case "cat":
                 return torch.cat([x, y], 1)[:, 1:3]
             case "relu":
@@ -73,6 +78,10 @@ class Program(nn.Module):
             case "relu in place":
                 x = x.clone()
                 return x.relu_()
+            case "relu discarded":
+                x = x.clone()
+                F.relu(x, inplace=True)
+                return x
             case "pool":
                 return F.avg_pool2d(x, 3, 1, 1)
             case "mul":
@@ -103,6 +112,7 @@ def programs(draw) -> Program:
         recent = st.integers(max(number - 3, 0), number)
         operands = draw(st.tuples(recent, recent))
         steps.append((draw(st.sampled_from(OPERATIONS)), draw(st.integers(0, count - 1)), operands))
+    assume(any(operation in ("conv", "functional conv") for operation, _, _ in steps))
     return Program(paths, steps)
 
 
@@ -126,7 +136,7 @@ def expected_normalized(program: Program) -> set[str]:
         if operation in ("norm", "functional norm"):
             normalized.add(operands[0])
         elif operation in PASSING and value in normalized:
-            normalized.update(operands if operation in ("add", "add in place", "cat") else operands[:1])
+            normalized.update(operands if operation in JOINING else operands[:1])
     results: dict[int, list[bool]] = {}
     for layer, value in used(program):
         results.setdefault(layer, []).append(value in normalized)
@@ -137,6 +147,7 @@ def random_states() -> list[str]:
     return [str(torch.get_rng_state().tolist()), str(random.getstate()), str(np.random.get_state(legacy=False))]
 
 
+@settings(max_examples=200)
 @given(program=programs(), training=st.booleans())
 def test_what_is_found_is_what_the_program_says(program, training):
     program.train(training)

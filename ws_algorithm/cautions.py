@@ -70,10 +70,9 @@ def _undecided(selection: Selection) -> Iterator[str]:
     undecided = [c for c in selection.choices if c.place.undecided and (c.skipped_because or "").startswith("layers=")]
     if undecided:
         yield (
-            f"Whether a normalization layer follows {_listed(undecided)} cannot be told, because the forward of "
-            f"{type(selection.module).__name__} cannot be traced"
-            f"{'' if selection.failure is None else f' ({selection.failure})'}; they were left alone. Give an "
-            "`example_input`, or use layers='all' and name what is to be left alone in `exclude`."
+            f"Whether a normalization layer follows {_listed(undecided)} cannot be told without an input"
+            f"{'' if selection.failure is None else f' ({selection.failure})'}; left alone. Give an `example_input`, "
+            "or use layers='all' and name what is to be left alone in `exclude`."
         )
 
 

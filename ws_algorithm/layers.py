@@ -11,8 +11,11 @@ from torch.nn.utils import parametrize
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# Functions that convolve with a weight from their arguments
-CONVOLVING_FUNCTIONS = frozenset({"conv1d", "conv2d", "conv3d", "_conv_forward", "convolution"})
+# Functions that convolve, or multiply in the way of a 1x1 convolution, with a weight from their arguments
+CONVOLVING_FUNCTIONS = frozenset(
+    "conv1d conv2d conv3d _conv_forward convolution _convolution linear matmul __matmul__ mm bmm addmm einsum "
+    "tensordot".split()
+)
 
 NORMALIZING_FUNCTIONS = frozenset(
     {"batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm"}
@@ -25,13 +28,14 @@ _PLACES_AND_SHAPES = (
     "reshape view view_as reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t "
     "T mT H mH adjoint contiguous squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk "
     "split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit unbind narrow select index_select "
-    "getitem __getitem__ setitem __setitem__ take pad constant_pad_nd roll flip rot90 pixel_shuffle pixel_unshuffle "
-    "channel_shuffle native_channel_shuffle clone detach data to type type_as float half bfloat16 double cuda cpu alias"
+    "gather unfold getitem __getitem__ __setitem__ take pad constant_pad_nd roll flip rot90 pixel_shuffle "
+    "pixel_unshuffle channel_shuffle native_channel_shuffle clone detach copy requires_grad data to type type_as float "
+    "half bfloat16 double cuda cpu alias"
 )
 _JOINS = "cat concat concatenate stack hstack vstack dstack column_stack row_stack"
-_SUMS = "add add_ iadd __add__ __radd__ __iadd__"
+_SUMS = "add __add__ __radd__ __iadd__"
 _DROPOUTS = (
-    "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout native_dropout "
+    "dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout native_dropout "
     "stochastic_depth drop_path drop_block2d drop_block3d"
 )
 TRANSPARENT_FUNCTIONS = frozenset(" ".join((_PLACES_AND_SHAPES, _JOINS, _SUMS, _DROPOUTS)).split())
@@ -103,17 +107,29 @@ def is_normalization(layer: nn.Module) -> bool:
 
 def is_transparent(layer: nn.Module) -> bool:
     """Whether the output of a layer is its input up to place, shape and dropout."""
-    return isinstance(layer, _TRANSPARENT) or type(layer).__name__ in _TRANSPARENT_NAMES
+    return (isinstance(layer, _TRANSPARENT) and _is_of_torch(layer.forward)) or type(
+        layer
+    ).__name__ in _TRANSPARENT_NAMES
 
 
 def is_elementary(layer: nn.Module) -> bool:
-    """Whether a layer is one step of a forward, not a composition of steps."""
-    if is_convolution(layer) or is_normalization(layer) or is_transparent(layer):
+    """Whether a layer is one step of a forward, not a composition of steps.
+
+    A convolution whose class has a forward of its own may do more than convolve.
+    """
+    if is_convolution(layer):
+        return _is_of_torch(layer.forward) or own_standardization(layer) is not None
+    if is_normalization(layer) or is_transparent(layer):
         return True
     if isinstance(layer, (nn.Sequential, nn.ModuleList, nn.ModuleDict, parametrize.ParametrizationList)):
         return False
-    own = type(layer).__module__.split(".")
-    return own[:2] == ["torch", "nn"] and not any(is_convolution(part) for part in layer.modules())
+    of_interest = (part for part in layer.modules() if is_convolution(part) or is_normalization(part))
+    return _is_of_torch(layer.forward) and next(of_interest, None) is None
+
+
+def _is_of_torch(forward: Any) -> bool:
+    """Whether a method was written in ``torch.nn``."""
+    return getattr(forward, "__module__", "").split(".")[:2] == ["torch", "nn"]
 
 
 def is_standardizer(parametrization: nn.Module) -> bool:

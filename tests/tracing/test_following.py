@@ -236,8 +236,8 @@ class BlockInAConvolution(nn.Conv2d):
         self.norm = norm
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+    def forward(self, input: Tensor) -> Tensor:
+        x = F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.activation is None else self.activation(x)

@@ -6,11 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from looked_at import Model, conv, is_sure, look, model_of, norm, norms, order, within
-from torch import Tensor, nn
+from looked_at import is_sure, look, model_of, norms, order, within
+from torch import Tensor
 from torch.nn import functional as F
-
-from ws_algorithm.tracing.symbolic import symbolic_runs
 
 
 def checked(m: Any, x: Tensor) -> Tensor:
@@ -89,7 +87,7 @@ def new_tensors(m: Any, x: Tensor) -> Tensor:
 
 
 def prints(m: Any, x: Tensor) -> Tensor:
-    m.text = f"{x} {x.shape!r} {x.mean()}" + "%s" % x + str(x.shape)
+    m.text = f"{x} {x.shape!r} {x.mean()}" + str(x.shape)
     return m.n(m.b(m.a(x)))
 
 
@@ -124,7 +122,7 @@ def scopes(m: Any, x: Tensor) -> Tensor:
 
 
 def not_scripted(m: Any, x: Tensor) -> Tensor:
-    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+    if not (torch.jit.is_scripting() or torch.compiler.is_compiling()):  # pyright: ignore[reportPrivateImportUsage]
         x = m.a(x)
     return m.n(m.b(x))
 
@@ -221,79 +219,6 @@ def test_an_order_that_depends_on_the_input_is_not_taken_for_certain(run):
     assert not is_sure(model_of(run))
 
 
-class Images(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head, self.stem, self.norm = conv(), conv(), norm()
-
-    def go(self, image: Any) -> Any:
-        return self.head(self.norm(self.stem(image)))
-
-
-class Positional(Images):
-    def forward(self, *images: Any) -> Any:
-        return self.go(images[0])
-
-
-class TwoPositional(Images):
-    def forward(self, *images: Any) -> Any:
-        return self.go(images[0] + images[1])
-
-
-class Keywords(Images):
-    def forward(self, **batch: Any) -> Any:
-        return self.go(batch["image"])
-
-
-class KeywordOnly(Images):
-    def forward(self, *, image: Any) -> Any:
-        return self.go(image)
-
-
-class Defaults(Images):
-    def forward(self, image: Any = None) -> Any:
-        return self.go(image)
-
-
-class RequiredDefaults(Images):
-    def forward(self, image: Any = None) -> Any:
-        if image is None:
-            raise ValueError("image is required")
-        return self.go(image)
-
-
-class Dictionary(Images):
-    def forward(self, batch: Any) -> Any:
-        return {name: self.go(image) for name, image in batch.items()}
-
-
-class Attributes(Images):
-    def forward(self, batch: Any) -> Any:
-        return self.go(batch.image)
-
-
-class EitherKind(Images):
-    def forward(self, batch: Any) -> Any:
-        if isinstance(batch, dict):
-            return self.go(batch["image"])
-        image = batch[0] if isinstance(batch, (list, tuple)) else batch
-        return self.go(image)
-
-
-INPUTS = [
-    *(Positional, TwoPositional, Keywords, KeywordOnly, Defaults, RequiredDefaults, Dictionary, Attributes),
-    EitherKind,
-]
-
-
-@pytest.mark.parametrize("cls", INPUTS)
-def test_kinds_of_input(cls):
-    """The order, or at least that it is not known."""
-    model = cls()
-
-    assert norms(model) == {"stem": "norm", "head": None} or not is_sure(model)
-
-
 def test_calling_itself_until_it_is_small():
     def run(m: Any, x: Tensor) -> Tensor:
         return m(F.avg_pool2d(x, 2)) if x.shape[-1] > 8 else m.n(m.b(m.a(x)))
@@ -302,5 +227,8 @@ def test_calling_itself_until_it_is_small():
 
 
 def test_a_forward_with_too_many_conditions_is_given_up():
-    model = Model(lambda m, x: m.a(sum(x if x[i] > 0 else -x for i in range(3))), a=conv())
-    assert len(symbolic_runs(model)) == 2  # one place in the code is one condition
+    lines = [f"    if x[{i}] > 0:\n        x = x + 1\n" for i in range(40)]  # beyond what is tried
+    names: dict[str, Any] = {}
+    exec("def run(m, x):\n" + "".join(lines) + "    return m.b(m.a(x))", names)  # noqa: S102
+
+    assert not is_sure(model_of(names["run"]))

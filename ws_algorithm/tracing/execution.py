@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import types
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
-from ws_algorithm.layers import is_convolution, is_normalization
-from ws_algorithm.tracing.following import Follower, Reading
+from ws_algorithm.layers import NORMALIZING_FUNCTIONS, is_convolution, is_normalization
+from ws_algorithm.tracing.following import Reading
 from ws_algorithm.tracing.observation import observed_runs
-from ws_algorithm.tracing.shadow import undisturbed
-from ws_algorithm.tracing.symbolic import symbolic_runs
+from ws_algorithm.tracing.recorder import Run
+from ws_algorithm.tracing.symbolic import symbolic_ways
+from ws_algorithm.tracing.undisturbed import undisturbed
 
 Found = Literal["traced", "observed", "traced in parts", "defined"]
 
@@ -47,6 +49,10 @@ class Execution:
     places: dict[nn.Module, Place]
     failure: str | None
 
+    def leaves_doubt(self) -> bool:
+        """Whether an example input could say more."""
+        return self.failure is not None or any(place.undecided for place in self.places.values())
+
 
 def execution_of(module: nn.Module, example_input: Any = None) -> Execution:
     """Find out how a model uses its convolutions, without changing it.
@@ -58,12 +64,12 @@ def execution_of(module: nn.Module, example_input: Any = None) -> Execution:
         ValueError: If forward does not accept the example input, and it is needed.
     """
     with undisturbed():
-        parts, failure = _traced_parts(module)
-        if failure is not None and example_input is not None:
-            return _of_whole(_part(module, [Reading(run) for run in observed_runs(module, example_input)]), "observed")
-    if failure is None:
-        return _of_whole(parts[0], "traced")
-    return _of_parts(module, parts, failure)
+        survey = _Survey()
+        survey.add(module)
+        execution = survey.execution_of(module)
+        if example_input is not None and execution.leaves_doubt():
+            return _of_whole(_observed(module, example_input), "observed")
+    return execution
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,28 @@ class _Part:
     module: nn.Module
     ways: list[Reading]
     order: list[nn.Module]
+    complete: bool = True
 
-    def followers_of(self, conv: nn.Module) -> list[Follower]:
-        return [follower for way in self.ways if conv in way.calls for follower in way.followers_of(conv)]
+    def verdict_on(self, conv: nn.Module, *, more_may_follow: bool) -> Place:
+        """Whether a norm follows a convolution, in all ways in which it is used."""
+        followers = [way.followers_of(conv) for way in self.ways if conv in way.calls]
+        if all(follower.norm is not None for uses in followers for follower in uses):
+            return Place("traced", norm=followers[0][0].norm)
+        none = [any(f.norm is None and not (f.leaves and more_may_follow) for f in uses) for uses in followers]
+        return Place("traced", undecided=not all(none))
 
 
-def _part(module: nn.Module, ways: list[Reading]) -> _Part:
-    return _Part(module, ways, _common_order(ways))
+def _part(module: nn.Module, runs: list[Run], complete: bool = True) -> _Part:
+    ways = [Reading(run) for run in runs]
+    return _Part(module, ways, _common_order(ways), complete)
+
+
+def _observed(module: nn.Module, example_input: Any) -> _Part:
+    runs = observed_runs(module, example_input)
+    try:
+        return _part(module, runs)
+    except RuntimeError:  # training goes another way; what counts is what the input does in evaluation
+        return _part(module, runs[:1])
 
 
 def _common_order(ways: list[Reading]) -> list[nn.Module]:
@@ -91,7 +112,7 @@ def _common_order(ways: list[Reading]) -> list[nn.Module]:
     order = list(max(ways, key=lambda way: len(way.calls)).calls)
     for way in ways:
         if [conv for conv in order if conv in way.calls] != [conv for conv in way.calls if conv in order]:
-            raise RuntimeError("the order of its convolutions depends on the values of its input")
+            raise RuntimeError("the order of its convolutions depends on its input or mode")
         index = 0
         for conv in way.calls:
             if conv not in order:
@@ -100,54 +121,85 @@ def _common_order(ways: list[Reading]) -> list[nn.Module]:
     return order
 
 
-def _traced_parts(module: nn.Module) -> tuple[list[_Part], str | None]:
-    """The module itself if its forward can be traced, else those of its parts that can be; and what went wrong."""
-    try:
-        part = _part(module, [Reading(run) for run in symbolic_runs(module)])
-        if part.order:
-            return [part], None
-        failure = f"the forward of {type(module).__name__} uses no convolution when run with symbols"
-    except Exception as error:  # whatever the user's forward raises when given symbols
-        failure = f"{type(error).__name__}: {error}".split("\n")[0]
-    children = [child for child in module.children() if any(map(is_convolution, child.modules()))]
-    return [part for child in children for part in _traced_parts(child)[0]], failure
+class _Survey:
+    """A model and, where its forward cannot be traced, those of its parts that can be."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Part] = []
+        self.untraced: list[nn.Module] = []
+        self.failure: str | None = None
+
+    def add(self, module: nn.Module) -> None:
+        try:
+            ways = symbolic_ways(module)
+            part = _part(module, ways.runs, ways.complete)
+            if part.order:
+                self.parts.append(part)
+                return
+            failure = f"the forward of {type(module).__name__} uses no convolution when run with symbols"
+        except Exception as error:  # whatever the user's forward raises when given symbols
+            failure = f"{type(error).__name__}: {error}".split("\n")[0]
+        self.failure = self.failure or failure
+        self.untraced.append(module)
+        for child in module.children():
+            if any(map(is_convolution, child.modules())):
+                self.add(child)
+
+    def execution_of(self, module: nn.Module) -> Execution:
+        if self.failure is None:
+            return _of_whole(self.parts[0], "traced")
+        return _of_parts(module, self)
+
+    def norm_is_left(self, module: nn.Module) -> bool:
+        """Whether a model has a norm that an output of one of its parts may reach."""
+        ways = [way for part in self.parts for way in part.ways]
+        called = {layer for way in ways for layer in way.called_layers()}
+        uncalled = (layer for layer in module.modules() if is_normalization(layer) and layer not in called)
+        return (
+            any(way.begins_with_norm() for way in ways)
+            or next(uncalled, None) is not None
+            or any(map(_names_a_norm, self.untraced))
+        )
 
 
 def _of_whole(part: _Part, found: Found) -> Execution:
     """Nothing follows the output of the whole."""
-    places = {conv: Place(found, norm=_norm_after(part.followers_of(conv))) for conv in part.order}
-    return _with_unused(part.module, places, Place(found, executed=False), None)
+    places = {conv: replace(part.verdict_on(conv, more_may_follow=False), found=found) for conv in part.order}
+    convolutions = [layer for layer in part.module.modules() if is_convolution(layer)]
+    unused = Place(found if part.complete else "defined", undecided=not part.complete, executed=False)
+    places = {conv: unused for conv in convolutions if conv not in places} | places
+    in_doubt = not part.complete and len(places) > len(part.order)
+    return Execution(places, "with symbols, some ways through it do not reach its end" if in_doubt else None)
 
 
-def _of_parts(module: nn.Module, parts: list[_Part], failure: str) -> Execution:
+def _of_parts(module: nn.Module, survey: _Survey) -> Execution:
     """What follows the output of a part is not known, unless no norm is left that could."""
-    norm_is_left = _norm_is_left(module, parts)
+    more_may_follow = survey.norm_is_left(module)
+    alone = len(survey.parts) == 1 and survey.parts[0].complete
     places: dict[nn.Module, Place] = {}
-    for part in parts:
-        found: Found = "traced" if len(parts) == 1 else "defined" if is_convolution(part.module) else "traced in parts"
+    for part in survey.parts:
+        found: Found = "traced" if alone else "defined" if is_convolution(part.module) else "traced in parts"
         for conv in part.order:
-            followers = part.followers_of(conv)
-            norm = _norm_after(followers)
-            lost = norm is None and all(follower.norm or follower.leaves for follower in followers)
-            places.pop(conv, None)
-            places[conv] = Place(found, norm, undecided=lost and norm_is_left)
-    in_doubt = failure if len(parts) != 1 else None
-    return _with_unused(module, places, Place("defined", undecided=True, executed=False), in_doubt)
-
-
-def _with_unused(module: nn.Module, places: dict[nn.Module, Place], unused: Place, failure: str | None) -> Execution:
+            verdict = replace(part.verdict_on(conv, more_may_follow=more_may_follow), found=found)
+            places[conv] = _both(places.pop(conv), verdict) if conv in places else verdict
     convolutions = [layer for layer in module.modules() if is_convolution(layer)]
-    return Execution({conv: unused for conv in convolutions if conv not in places} | places, failure)
+    unused = Place("defined", undecided=True, executed=False)
+    places = {conv: unused for conv in convolutions if conv not in places} | places
+    return Execution(places, None if alone and unused not in places.values() else survey.failure)
 
 
-def _norm_after(followers: list[Follower]) -> nn.Module | str | None:
-    """The norm after a convolution, if there is one after each of its uses."""
-    return followers[0].norm if all(follower.norm is not None for follower in followers) else None
+def _both(earlier: Place, later: Place) -> Place:
+    """The verdict on a convolution that two parts use, at the place of the later one."""
+    if earlier.norm is not None or (earlier.undecided and later.norm is None and not later.undecided):
+        return later
+    return replace(earlier, found=later.found)
 
 
-def _norm_is_left(module: nn.Module, parts: list[_Part]) -> bool:
-    """Whether a model has a norm that an output of one of its parts may reach."""
-    ways = [way for part in parts for way in part.ways]
-    called = {layer for way in ways for layer in way.called_layers()}
-    uncalled = (layer for layer in module.modules() if is_normalization(layer) and layer not in called)
-    return any(way.begins_with_norm() for way in ways) or next(uncalled, None) is not None
+def _names_a_norm(module: nn.Module) -> bool:
+    """Whether the code of a module names one of torch's normalizing functions, or looks functions up by name."""
+    classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.nn")]
+    values = [value for holder in (module, *classes) for value in vars(holder).values()]
+    codes = [value.__code__ for value in values if isinstance(value, types.FunctionType)]
+    for code in codes:  # grows meanwhile
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return any((NORMALIZING_FUNCTIONS | {"getattr"}) & set(code.co_names) for code in codes)

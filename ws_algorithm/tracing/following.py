@@ -39,9 +39,11 @@ class Reading:
         for position, operation in enumerate(run):
             for source in operation.inputs:
                 self._users[source].append(position)
+        self._weight_of: list[nn.Module | None] = []
         self.calls: dict[nn.Module, list[int]] = {}
         for position in range(len(run)):
             conv = self._convolution(position)
+            self._weight_of.append(self._owner_of_weight(position) if conv is None else None)
             if conv is not None:
                 self.calls[conv] = [*self.calls.pop(conv, []), position]
 
@@ -60,28 +62,29 @@ class Reading:
         return {part for layer in called if layer is not None for part in layer.modules()}
 
     def _convolution(self, position: int) -> nn.Module | None:
-        """The convolution that an operation computes, called as a layer or through a function with its weight."""
+        """The convolution that an operation computes, as a layer or as a function of its weight."""
         operation = self._run[position]
-        if operation.name == WEIGHT:
-            return None
         if operation.layer is not None:
-            return operation.layer if is_convolution(operation.layer) else None
+            is_call = operation.name != WEIGHT and is_convolution(operation.layer)
+            return operation.layer if is_call else None
         if operation.name not in CONVOLVING_FUNCTIONS:
             return None
-        return next(filter(None, map(self._weight_owner, operation.inputs)), None)
+        others = [source for source in operation.inputs if source != operation.first]
+        return next(filter(None, (self._weight_of[source] for source in others)), None)
 
-    def _weight_owner(self, position: int) -> nn.Module | None:
-        """The convolution from whose weight a value was computed and from nothing else that a run is given."""
-        while self._run[position].name != WEIGHT:
-            operation = self._run[position]
-            if operation.layer is not None or not operation.inputs:
-                return None
-            position = operation.inputs[0]
-        return self._run[position].layer
+    def _owner_of_weight(self, position: int) -> nn.Module | None:
+        """The convolution from whose weight, and perhaps from other values, an operation computes another weight."""
+        operation = self._run[position]
+        if operation.name == WEIGHT:
+            return operation.layer
+        owners = [self._weight_of[source] for source in operation.inputs]
+        if operation.layer is not None and None in owners:
+            return None
+        return next(filter(None, owners), None)
 
     def _follower_of(self, position: int) -> Follower:
         """The first norm that a result reaches through operations that only move or add it."""
-        leaves = False
+        leaves = not self._users[position]
         seen, waiting = {position}, [position]
         while waiting:
             current = waiting.pop(0)
@@ -89,13 +92,14 @@ class Reading:
                 operation = self._run[user]
                 norm = _norm(operation)
                 if norm is not None:
-                    if operation.inputs[0] == current:  # not the scale or shift of the norm
+                    if operation.first == current:  # not the scale or shift of the norm
                         return Follower(norm)
                 elif operation.name == OUTPUT:
                     leaves = True
                 elif user not in seen and _lets_through(operation, current):
                     seen.add(user)
                     waiting.append(user)
+                    leaves |= not self._users[user]  # kept somewhere, for all that is known
         return Follower(leaves=leaves)
 
 
@@ -108,6 +112,9 @@ def _norm(operation: Operation) -> nn.Module | str | None:
 def _lets_through(operation: Operation, source: int) -> bool:
     if operation.layer is not None:
         return operation.name != WEIGHT and is_transparent(operation.layer)
-    if operation.name in FIRST_ARGUMENT_FUNCTIONS:
-        return operation.inputs[0] == source
-    return operation.name in TRANSPARENT_FUNCTIONS
+    plain = operation.name
+    if plain.endswith("_") and not plain.endswith("__"):  # the same in place
+        plain = plain.removesuffix("_")
+    if plain in FIRST_ARGUMENT_FUNCTIONS:
+        return operation.first == source
+    return plain in TRANSPARENT_FUNCTIONS

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ws_algorithm.layers import is_convolution
-from ws_algorithm.tracing.following import Reading
-from ws_algorithm.tracing.recorder import INPUT, OUTPUT, Recorder, Run, name_of
+from ws_algorithm.tracing.recorder import INPUT, OUTPUT, Recorder, Run, changed_in_place
+from ws_algorithm.tracing.symbol import name_of
 
 
 def observed_runs(module: nn.Module, example_input: Any) -> list[Run]:
-    """What a copy of a model does with an input, in evaluation and, if that leaves convolutions out, in training.
+    """What a copy of a model does with an input in evaluation and, if forward accepts it there too, in training.
 
     Args:
         module: The model; not changed. The copy is where the model is, on the device of its parameters.
@@ -24,7 +24,6 @@ def observed_runs(module: nn.Module, example_input: Any) -> list[Run]:
     Raises:
         ValueError: If forward does not accept the input in evaluation.
     """
-    convolutions = {part for part in module.modules() if is_convolution(part)}
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     evaluation = _Observation(module, training=False)
     try:
@@ -34,8 +33,6 @@ def observed_runs(module: nn.Module, example_input: Any) -> list[Run]:
             f"`example_input` does not fit {type(module).__name__}: forward raised {type(error).__name__}: {error}. "
             "Give the only argument of forward, or a tuple of all positional ones."
         ) from error
-    if convolutions <= Reading(evaluation.operations).calls.keys():
-        return [evaluation.operations]
     training = _Observation(module, training=True)
     try:
         training.go(args)
@@ -50,13 +47,15 @@ class _Observation(Recorder):
     def __init__(self, module: nn.Module, training: bool) -> None:
         super().__init__(module, training=training, data=True)
         self._positions: dict[int, int] = {}
-        self._kept: list[Any] = []  # or another tensor could take the identity of one that is gone
+        self._sharing: dict[Any, list[Any]] = {}  # kept, or another tensor could take the identity of one that is gone
         self._inside_layer = False
 
     def go(self, args: tuple[Any, ...]) -> None:
+        args = tree_map(_cloned, args)
         self._note(args, self.add(INPUT, ()))
-        with self:
-            output = self.shadow(*args)
+        with self, torch.random.fork_rng(devices=_cuda_devices()):
+            torch.default_generator.manual_seed(0)
+            output = self.shadow.forward(*args)
         self.add(OUTPUT, output)
 
     def call_layer(self, part: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -67,23 +66,45 @@ class _Observation(Recorder):
             result = forward(*args, **kwargs)
         finally:
             self._inside_layer = False
-        self._note(result, self.add(type(part).__name__, (args, kwargs), part))
+        self._write_down(type(part).__name__, args, kwargs, result, part)
         return result
 
     def position_of(self, value: Any) -> int | None:
         return self._positions.get(id(value)) if isinstance(value, Tensor) else None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def called_function(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
-        if not self._inside_layer and any(isinstance(value, Tensor) for value in tree_leaves(result)):
-            self._note(result, self.add(name_of(func), (args, kwargs)))
-        elif name_of(func) == "__setitem__" and not self._inside_layer:
-            self._note(args[0], self.add("__setitem__", (args, kwargs)))
+        if not self._inside_layer:
+            self._write_down(name_of(func), args, kwargs, result)
         return result
+
+    def _write_down(self, name: str, args: Any, kwargs: Any, result: Any, part: nn.Module | None = None) -> None:
+        changed = changed_in_place(name, args, kwargs, part)
+        if changed is None and not any(isinstance(value, Tensor) for value in tree_leaves(result)):
+            return
+        position = self.add(name, args, kwargs, part)
+        self._note(result, position)
+        if isinstance(changed, Tensor):
+            for tensor in self._sharing.get(_memory_of(changed), [changed]):
+                self._positions[id(tensor)] = position
 
     def _note(self, result: Any, position: int) -> None:
         for value in tree_leaves(result):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not self.is_weight(value):
                 self._positions[id(value)] = position
-                self._kept.append(value)
+                self._sharing.setdefault(_memory_of(value), []).append(value)
+
+
+def _memory_of(tensor: Tensor) -> Any:
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # sparse
+        return id(tensor)
+
+
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

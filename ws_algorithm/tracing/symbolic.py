@@ -1,32 +1,32 @@
 """Runs of a forward with symbols in place of tensors: no input is needed.
 
 ``torch.fx`` traces with symbols too, but patches ``nn.Module`` for all threads while it does, and gives up at the first
-``if`` or ``len``. Here what a forward asks of a symbol is answered: conditions with both answers in turn, numbers with
-two different ones, and random draws are symbols as well.
+``if`` or ``len``. Here what a forward asks of a symbol is answered: conditions with both answers, numbers with
+different ones, and random draws are symbols as well.
 """
 
 from __future__ import annotations
 
 import inspect
-import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.proxy import Attribute
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ws_algorithm.layers import is_convolution
+from ws_algorithm.tracing import symbol as symbol_file
 from ws_algorithm.tracing.following import Reading
-from ws_algorithm.tracing.recorder import INPUT, OUTPUT, Recorder, Run, name_of
+from ws_algorithm.tracing.recorder import INPUT, OUTPUT, Recorder, Run, changed_in_place
+from ws_algorithm.tracing.symbol import Symbol, name_of
+from ws_algorithm.tracing.undisturbed import HiddenDraws, global_draws, in_this_thread, is_generator
 
-# What a forward is told that asks a symbol for a number: what it does must not depend on it
-_NUMBERS = (4, 7)
+# What a forward is told that asks a symbol for a number or a length; what it does should not depend on it
+_NUMBERS = (4, 7, 1)
 # A forward with more conditions is not tried in all its ways
 _MOST_CONDITIONS = 32
 # After so many equal answers at one place, a loop is told to end
@@ -34,55 +34,101 @@ _MOST_ROUNDS = 256
 
 _DRAWS = frozenset(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal normal_ "
-    "uniform_ random_ exponential_ geometric_ cauchy_ log_normal_ poisson".split()
+    "uniform_ random_ exponential_ geometric_ cauchy_ log_normal_ poisson dropout dropout1d dropout2d dropout3d "
+    "alpha_dropout feature_alpha_dropout rrelu gumbel_softmax".split()
 )
 
+# Of Python and NumPy, these pick or arrange what is given, and a symbol cannot take its place
+_PICKS = frozenset("choice choices sample shuffle permutation seed setstate set_state".split())
+
 # Functions of torch that look at their arguments before they let a symbol answer
-_STRICT_FUNCTIONS = "arange linspace full tril_indices triu_indices cat concat stack".split()
+_STRICT_FUNCTIONS = "arange linspace full zeros ones empty tensor as_tensor cat concat stack".split()
+
+# What a forward passes on to functions that accept nothing else
+_KNOWN_ATTRIBUTES = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+# Results of these share memory with their first argument
+_VIEWS = frozenset(
+    "view view_as reshape reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T "
+    "mT H mH adjoint squeeze unsqueeze expand expand_as narrow select __getitem__ chunk split split_with_sizes "
+    "tensor_split unbind detach data contiguous alias to".split()
+)
 
 Answers = Mapping[Hashable, bool]
 
 
-def symbolic_runs(module: nn.Module) -> list[Run]:
-    """The ways through the forward of a model, in training and, if that leaves convolutions out, in evaluation.
+@dataclass(frozen=True)
+class Ways:
+    """What runs with symbols have shown.
+
+    Args:
+        runs: One for each way through forward that was found.
+        complete: Whether all that was tried got through, so that what no run uses is not used.
+    """
+
+    runs: list[Run]
+    complete: bool
+
+
+def symbolic_ways(module: nn.Module) -> Ways:
+    """The ways through the forward of a model, in training and in evaluation.
 
     Raises:
         Exception: Whatever forward raises if it does not get through, in neither of the two.
-        RuntimeError: If it has too many ways.
+        RuntimeError: If it has too many ways, or which convolutions it uses depends on a number.
     """
-    convolutions = {part for part in module.modules() if is_convolution(part)}
-    runs: list[Run] = []
+    found: list[Ways] = []
     failures: list[Exception] = []
     for training in (True, False):
         try:
-            runs += _ways(module, training)
+            found.append(_ways(module, training))
         except Exception as failure:  # whatever the user's code raises when given symbols
             failures.append(failure)
-            continue
-        if any(convolutions <= Reading(run).calls.keys() for run in runs):
-            break
-    if not runs:
+    if not found:
         raise failures[-1]
-    return runs
+    return Ways([run for ways in found for run in ways.runs], not failures and all(ways.complete for ways in found))
 
 
-def _ways(module: nn.Module, training: bool) -> list[Run]:
+def _ways(module: nn.Module, training: bool) -> Ways:
+    """Runs in which every condition has had both answers, as far as they lead to the end."""
     base = _passage(module, training, _NUMBERS[0], {})
-    trials = [base]
-    if len(base.asked) > _MOST_CONDITIONS:
-        raise RuntimeError(f"forward depends on {len(base.asked)} conditions of its input")
-    for index, condition in enumerate(base.asked):
-        answers = {earlier: base.answers[earlier] for earlier in base.asked[:index]}
-        try:
-            trials.append(_passage(module, training, _NUMBERS[0], answers | {condition: not base.answers[condition]}))
-        except Exception:  # no way through: forward checks its input here
-            continue
+    trials, failed = [base], False
+    tried = set(base.answers.items())
+    for trial in trials:  # grows meanwhile
+        for index, condition in enumerate(trial.asked):
+            answers = {earlier: trial.answers[earlier] for earlier in trial.asked[:index]}
+            other = not trial.answers[condition]
+            if (condition, other) in tried:
+                continue
+            if len(tried) > 2 * _MOST_CONDITIONS:
+                raise RuntimeError(f"forward depends on more than {_MOST_CONDITIONS} conditions of its input")
+            tried.add((condition, other))
+            try:
+                trials.append(_passage(module, training, _NUMBERS[0], answers | {condition: other}))
+            except Exception:  # no way through: forward checks its input here
+                failed = True
+                continue
+            tried |= set(trials[-1].answers.items())
     if any(trial.gave_a_number for trial in trials):
-        other = _passage(module, training, _NUMBERS[1], base.answers)
-        if Reading(other.operations).calls.keys() != Reading(base.operations).calls.keys():
-            raise RuntimeError("which convolutions it uses depends on a number or length computed from its input")
-        trials.append(other)
-    return [trial.operations for trial in trials]
+        others, refused = _with_other_numbers(module, training, base)
+        trials, failed = trials + others, failed or refused
+    return Ways([trial.operations for trial in trials], not failed)
+
+
+def _with_other_numbers(module: nn.Module, training: bool, base: _Trial) -> tuple[list[_Trial], bool]:
+    """Runs with other answers to questions for a number, and whether some did not get through."""
+    used = Reading(base.operations).calls.keys()
+    trials, refused = [], False
+    for number in _NUMBERS[1:]:
+        try:
+            trial = _passage(module, training, number, base.answers)
+        except Exception:  # forward checks a number here
+            refused = True
+            continue
+        if Reading(trial.operations).calls.keys() != used:
+            raise RuntimeError("which convolutions forward uses depends on a number or length that it computes")
+        trials.append(trial)
+    return trials, refused
 
 
 def _passage(module: nn.Module, training: bool, number: int, answers: Answers) -> _Trial:
@@ -121,70 +167,74 @@ class _Trial(Recorder):
 
     def go(self) -> None:
         args, kwargs = self._arguments()
+        attributes = [value for part in self.shadow.modules() for value in vars(part).values()]
+        draws = HiddenDraws(filter(is_generator, attributes))
         with self, self._lenient_functions():
             output = self.shadow.forward(*args, **kwargs)
+        if draws.undo():
+            raise RuntimeError("forward draws random numbers in a way that cannot be followed")
         self.add(OUTPUT, output)
 
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """A symbol for each argument of forward that has no default."""
         args, kwargs = [], {}
-        parameters = inspect.signature(self.shadow.forward.args[1]).parameters.values()  # pyright: ignore
-        required = [p for p in parameters if p.default is p.empty]
-        for parameter in required:
+        for parameter in inspect.signature(self.forward).parameters.values():
+            if parameter.default is not parameter.empty:
+                continue
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-                args.append(self._symbol(self.add(INPUT, ())))
+                args.append(Symbol.of(self, self.add(INPUT, ())))
             elif parameter.kind is parameter.KEYWORD_ONLY:
-                kwargs[parameter.name] = self._symbol(self.add(INPUT, ()))
+                kwargs[parameter.name] = Symbol.of(self, self.add(INPUT, ()))
             elif parameter.kind is parameter.VAR_POSITIONAL and not args:
-                args.append(self._symbol(self.add(INPUT, ())))
+                args.append(Symbol.of(self, self.add(INPUT, ())))
         return args, kwargs
+
+    def position_of(self, value: Any) -> int | None:
+        return value.position if isinstance(value, Symbol) else None
 
     def call_layer(self, part: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         return self._result_of(type(part).__name__, args, kwargs, part)
 
-    def position_of(self, value: Any) -> int | None:
-        return value.node if isinstance(value, fx.Proxy) else None  # pyright: ignore
+    def respond(self, name: str, args: Any, kwargs: Any) -> Any:
+        if name in _KNOWN_ATTRIBUTES and isinstance(args[0], Symbol) and len(args) == 1:
+            return _KNOWN_ATTRIBUTES[name]
+        return self._result_of(name, args, kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def called_function(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, values = name_of(func), tree_leaves((args, kwargs))
-        if name in _DRAWS or any(isinstance(value, fx.Proxy) for value in values):
-            return self._result_of(name, args, kwargs)
+        if name in _DRAWS or any(isinstance(value, Symbol) for value in values):
+            return self.respond(name, args, kwargs)
+        if any(isinstance(value, Tensor) and value.is_meta for value in values):
+            return self._compute_without_data(func, name, values, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _compute_without_data(self, func: Any, name: str, values: list[Any], args: Any, kwargs: Any) -> Any:
+        """A function of parameters and buffers of the copy: their values are not known, their shapes are."""
+        if name in ("__bool__", "__int__", "__index__", "__float__"):
+            answer = self.decide() if name == "__bool__" else self.give_a_number()
+            return float(answer) if name == "__float__" else answer
+        if name in ("item", "tolist", "numpy"):
+            return self.respond(name, args, kwargs)
         try:
             result = func(*args, **kwargs)
         except RuntimeError:  # a tensor made for the input, which is said to be on the CPU, and one of the copy
-            args, kwargs = tree_map(_without_data, (args, kwargs))
-            result = func(*args, **kwargs)
-        if any(self.is_weight(value) for value in values) and isinstance(result, Tensor):
+            result = func(*tree_map(_without_data, args), **tree_map(_without_data, kwargs))
+        if isinstance(result, Tensor) and any(self.is_weight(value) for value in values):
             return self._result_of(name, args, kwargs)
         return result
 
     def _result_of(self, name: str, args: Any, kwargs: Any, part: nn.Module | None = None) -> Any:
-        """Write an operation down; one that works in place changes what its first argument stands for."""
-        position = self.add(name, (args, kwargs), part)
-        if name in ("setitem", "__setitem__") or _works_in_place(name, kwargs, part):
-            changed = next(iter(args), None)
-            if isinstance(changed, _Symbol):
-                changed.node = position  # pyright: ignore
-            elif isinstance(changed, Tensor):
-                raise TypeError("forward writes what it computes from its input into a tensor of its own")
-        return self._symbol(position)
+        """Write an operation down; one that works in place changes what an argument stands for."""
+        position = self.add(name, args, kwargs, part)
+        changed = changed_in_place(name, args, kwargs, part)
+        if isinstance(changed, Symbol):
+            changed.changed_by(position)
+        elif isinstance(changed, Tensor):
+            raise TypeError("forward writes what it computes from its input into a tensor of its own")
+        first = args[0] if args else None
+        return Symbol.of(self, position, first if name in _VIEWS and isinstance(first, Symbol) else None)
 
-    # What fx's Proxy expects of a tracer
-
-    trace_asserts = False
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
-        name = target if isinstance(target, str) else args[1] if target is getattr else name_of(target)
-        return self._result_of(name, args, kwargs)
-
-    def iter(self, symbol: Any) -> Iterator[Any]:
-        return (symbol[index] for index in range(self.give_a_number()))
-
-    def keys(self, symbol: Any) -> Any:
-        raise TypeError("forward unpacks an input whose keys are not known")
-
-    def to_bool(self, symbol: Any) -> bool:
+    def decide(self) -> bool:
         place = _place_in_forward()
         if place not in self.asked:
             self.asked.append(place)
@@ -196,83 +246,30 @@ class _Trial(Recorder):
         self.gave_a_number = True
         return self._number
 
-    def _symbol(self, position: int) -> Any:
-        return _Symbol(position, self)  # pyright: ignore
-
     @contextmanager
     def _lenient_functions(self) -> Iterator[None]:
         def lenient(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                if any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
-                    return self._result_of(name_of(function), args, kwargs)
+                if any(isinstance(value, Symbol) for value in tree_leaves((args, kwargs))):
+                    return self.respond(name_of(function), args, kwargs)
                 return function(*args, **kwargs)
 
             return call
 
+        def drawn(name: str) -> Callable[..., Any]:
+            def draw(*args: Any, **kwargs: Any) -> Any:
+                if name in _PICKS:
+                    raise TypeError(f"forward picks at random, with {name}")
+                return self.respond(name, (), {})
+
+            return draw
+
         with ExitStack() as stack:
-            for name in _STRICT_FUNCTIONS:
-                stack.enter_context(mock.patch.object(torch, name, lenient(getattr(torch, name))))
+            stack.enter_context(
+                in_this_thread({(torch, name): lenient(getattr(torch, name)) for name in _STRICT_FUNCTIONS})
+            )
+            stack.enter_context(in_this_thread({(owner, name): drawn(name) for owner, name in global_draws()}))
             yield
-
-
-# What a forward passes on to functions that accept nothing else
-_KNOWN_ATTRIBUTES = {"device": torch.device("cpu"), "dtype": torch.float32}
-
-
-class _Numeric:
-    """What Python's numbers and lengths ask for, which fx's Proxy does not answer."""
-
-    tracer: Any
-
-    def __len__(self) -> int:
-        return self.tracer.give_a_number()
-
-    def __int__(self) -> int:
-        return self.tracer.give_a_number()
-
-    def __index__(self) -> int:
-        return self.tracer.give_a_number()
-
-    def __float__(self) -> float:
-        return float(self.tracer.give_a_number())
-
-    def __round__(self, digits: int = 0) -> Any:
-        return self.tracer.create_proxy("call_function", round, (self, digits), {})
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __divmod__(self, other: Any) -> Any:
-        return self // other, self % other  # pyright: ignore
-
-    def __repr__(self) -> str:
-        return "<symbol>"
-
-    def __format__(self, specification: str) -> str:
-        return repr(self)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _KNOWN_ATTRIBUTES:
-            return _KNOWN_ATTRIBUTES[name]
-        return _SymbolAttribute(self, name)  # pyright: ignore
-
-
-class _Symbol(_Numeric, fx.Proxy):
-    """A tensor, or anything else that a forward computes from its inputs; ``node`` is its operation."""
-
-    @classmethod
-    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
-        trial = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, fx.Proxy)).tracer
-        return trial.create_proxy("call_function", orig_method, args, kwargs)
-
-
-class _SymbolAttribute(_Numeric, Attribute):
-    """An attribute of a symbol: a property, or a method about to be called."""
-
-
-def _works_in_place(name: str, kwargs: Any, part: nn.Module | None) -> bool:
-    named_so = name.endswith("_") and not name.endswith("__")
-    return named_so or kwargs.get("inplace") is True or getattr(part, "inplace", False) is True
 
 
 def _without_data(value: Any) -> Any:
@@ -280,8 +277,8 @@ def _without_data(value: Any) -> Any:
 
 
 def _place_in_forward() -> Hashable:
-    """Where, in the code that is not ours or fx's, a symbol is being asked."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, fx.proxy.__name__):
+    """Where, in the code that is not ours, a symbol is being asked."""
+    frame: Any = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, symbol_file.__name__):
         frame = frame.f_back
     return frame.f_code, frame.f_lasti

@@ -1,0 +1,197 @@
+"""Surroundings in which a forward can be tried without a trace."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+# One trial at a time: what is replaced for a moment is shared by all threads
+_TRIAL = threading.RLock()
+
+_PYTHON_GENERATOR: Any = random.seed.__self__
+
+Function = Callable[..., Any]
+
+
+class SideEffect(RuntimeError):
+    """A forward on trial was about to change something outside of itself."""
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Where a forward can be tried: it writes no file, and draws the same random numbers in every process.
+
+    For this thread alone, Python's and NumPy's global generators are replaced by private ones and seeding torch does
+    nothing; what would write, rename or remove a file, or start a process or a thread, raises :class:`SideEffect`.
+    Other threads run and draw as they would.
+    """
+    with _TRIAL, _settings_kept(), _no_files_written(), _private_draws(), torch.no_grad():
+        yield
+
+
+@contextmanager
+def in_this_thread(replacements: Mapping[tuple[Any, str], Function]) -> Iterator[None]:
+    """Replace functions, given by owner and name, for calls from this thread; others reach what was there."""
+    thread = threading.get_ident()
+
+    def divided(original: Function, replacement: Function) -> Function:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            chosen = replacement if threading.get_ident() == thread else original
+            return chosen(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for (owner, name), replacement in replacements.items():
+            stack.enter_context(mock.patch.object(owner, name, divided(getattr(owner, name), replacement)))
+        yield
+
+
+def global_draws() -> dict[tuple[Any, str], type]:
+    """The functions of ``random`` and ``numpy.random`` that use a global generator, and the class of that."""
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    sources = [(random, random.Random)] + ([(numpy_random, numpy_random.RandomState)] if numpy_random else [])
+    return {(owner, name): kind for owner, kind in sources for name in owner.__all__ if hasattr(kind, name)}
+
+
+@contextmanager
+def _private_draws() -> Iterator[None]:
+    draws = global_draws()
+    private = {kind: kind(0) for kind in set(draws.values())}
+    replacements: dict[tuple[Any, str], Function] = {
+        (owner, name): getattr(private[kind], name) for (owner, name), kind in draws.items()
+    }
+    for owner, name in (
+        (torch, "manual_seed"),
+        (torch, "seed"),
+        (torch, "set_rng_state"),
+        (torch.random, "manual_seed"),
+    ):
+        replacements[owner, name] = lambda *args, **kwargs: torch.default_generator
+    for name in ("manual_seed", "manual_seed_all", "set_rng_state"):
+        replacements[torch.cuda, name] = lambda *args, **kwargs: None
+    with in_this_thread(replacements):
+        yield
+
+
+class HiddenDraws:
+    """Draws that cannot be seen while they happen: from generators of a model's own, or through names of its own.
+
+    Of the global generators, only in a process with one thread can they be told from the draws of others.
+
+    Args:
+        own: Generators of Python or NumPy beside the global ones.
+    """
+
+    def __init__(self, own: Iterable[Any] = ()) -> None:
+        self._generators = [*global_generators(), *own]
+        self._states = [_state_of(generator) for generator in self._generators]
+        self._torch_state = torch.get_rng_state()
+
+    def undo(self) -> bool:
+        """Return the generators to where they were, and say whether that was necessary."""
+        if threading.active_count() > 1:
+            return False
+        moved = False
+        for generator, state in zip(self._generators, self._states, strict=True):
+            if pickle.dumps(_state_of(generator)) != pickle.dumps(state):
+                _set_state(generator, state)
+                moved = True
+        if not torch.equal(torch.get_rng_state(), self._torch_state):
+            torch.set_rng_state(self._torch_state)
+            moved = True
+        return moved
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    dtype, draws = torch.get_default_dtype(), HiddenDraws()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        draws.undo()
+
+
+def global_generators() -> list[Any]:
+    """Those behind the functions of ``random`` and, if it has been imported, ``numpy.random``."""
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    return [_PYTHON_GENERATOR, *([numpy_random.mtrand._rand] if numpy_random else [])]
+
+
+def is_generator(value: Any) -> bool:
+    """Whether a value is a generator of Python or NumPy."""
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    kinds = (numpy_random.RandomState, numpy_random.Generator) if numpy_random else ()
+    return isinstance(value, (random.Random, *kinds)) and not isinstance(value, random.SystemRandom)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state(legacy=False)
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+@contextmanager
+def _no_files_written() -> Iterator[None]:
+    def guarded(function: Function, writes: Callable[..., bool]) -> Function:
+        def guard(*args: Any, **kwargs: Any) -> Any:
+            if writes(*args, **kwargs) and not _is_importing():
+                raise SideEffect(f"forward calls {function.__name__}{args!r:.80} while it is only being looked at")
+            return function(*args, **kwargs)
+
+        return guard
+
+    writing: dict[tuple[Any, str], Callable[..., bool]] = {
+        (builtins, "open"): _opens_to_write,
+        (io, "open"): _opens_to_write,
+        (os, "open"): _opens_descriptor_to_write,
+    }
+    always = "mkdir remove unlink rename replace rmdir truncate symlink link chmod system putenv unsetenv".split()
+    writing |= {(os, name): _always for name in always if hasattr(os, name)}
+    writing |= {(torch, "save"): _always, (subprocess, "Popen"): _always, (threading.Thread, "start"): _always}
+    with in_this_thread({place: guarded(getattr(*place), writes) for place, writes in writing.items()}):
+        yield
+
+
+def _opens_to_write(file: Any, mode: Any = "r", *args: Any, **kwargs: Any) -> bool:
+    return any(letter in str(mode) for letter in "wax+")
+
+
+def _opens_descriptor_to_write(path: Any, flags: int, *args: Any, **kwargs: Any) -> bool:
+    return bool(flags & (os.O_WRONLY | os.O_RDWR))
+
+
+def _always(*args: Any, **kwargs: Any) -> bool:
+    return True
+
+
+def _is_importing() -> bool:
+    """Whether a module is being imported, which must run to its end: half a module would stay."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
