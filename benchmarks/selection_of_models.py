@@ -51,14 +51,19 @@ def row(source: str) -> str:
     undecided = sum(choice.place.undecided for choice in selections[1].choices)
     orders = Counter(record.order for record in everything)
     order = ", ".join(orders) if len(orders) < 2 else ", ".join(f"{count} {name}" for name, count in orders.items())
-    counts = [len(everything), *(sum(record.standardized for record in records) for records in (everything, normalized))]
+    counts = [
+        len(everything),
+        *(sum(record.standardized for record in records) for records in (everything, normalized)),
+    ]
     cells = [f"`{source}`", *map(str, counts), str(undecided), order or "-", f"{seconds:.2f} s"]
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {importlib.metadata.version('timm')}"
+    versions = (
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {importlib.metadata.version('timm')}"
+    )
     print(f"{versions}, {torch.get_num_threads()} thread(s) of a CPU, one run", file=sys.stderr)
     print("| model | candidates | all | normalized | undecided | order | time |\n|---|---|---|---|---|---|---|")
     for source in sources():

@@ -53,7 +53,10 @@ def commands() -> list[str]:
     """Command lines of the program in pages and in the headers of recipes, without comments."""
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
     lines += [line.lstrip("# ") for recipe in RECIPES for line in recipe.read_text(encoding="utf-8").splitlines()]
-    found = [re.search(r"(?:ws-algorithm|-m ws_algorithm) ((?:train|evaluate|inspect|recipes)\b[^#]*)", line) for line in lines]
+    found = [
+        re.search(r"(?:ws-algorithm|-m ws_algorithm) ((?:train|evaluate|inspect|recipes)\b[^#]*)", line)
+        for line in lines
+    ]
     return sorted({match[1].strip() for match in found if match})
 
 

@@ -87,9 +87,10 @@ def _shared_weights(selection: Selection) -> Iterator[str]:
             continue
         for parameter in layer.parameters(recurse=False):
             if id(parameter) in names:
+                other = f"{name or 'the model itself'} ({type(layer).__name__})"
                 yield (
-                    f"{names[id(parameter)]}: its weight is shared with {name} ({type(layer).__name__}), which uses it "
-                    "without standardization. Leave both alone with `exclude`, or give them weights of their own."
+                    f"{names[id(parameter)]}: its weight is shared with {other}, which uses it without standardization. "
+                    "Leave both alone with `exclude`, or give them weights of their own."
                 )
 
 

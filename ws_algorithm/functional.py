@@ -55,7 +55,7 @@ def apply_weight_standardization(
             convolutions that one of them matches are standardized. The name of a module stands for all convolutions
             in it. ``None`` for no such rule. Default: ``None``.
         exclude: The same; convolutions that one of them matches are left alone. Default: ``None``.
-        predicate: Called with the qualified name and the module of each convolution that the rules above admit; those
+        predicate: Called with the qualified name and the module of each convolution that all other rules admit; those
             for which it is false are left alone. Default: ``None``.
         example_input: What to observe a copy of the model with, if its forward cannot be traced: a tuple of positional
             arguments, or the only argument. Default: ``None``.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
-from ws_algorithm.layers import raw_weight
+from ws_algorithm.layers import weight_shape
 from ws_algorithm.selection import ConvolutionChoice, Layers, Patterns, Predicate, Rules, Selection, select_convolutions
 from ws_algorithm.tracing.execution import Found
 
@@ -87,12 +86,11 @@ def records_of(selection: Selection) -> list[ConvolutionRecord]:
 def _record(index: int, choice: ConvolutionChoice, names: dict[nn.Module, str]) -> ConvolutionRecord:
     norm = choice.place.norm
     normalized_by = f"{names[norm]} ({type(norm).__name__})" if isinstance(norm, nn.Module) else norm
-    weight = raw_weight(choice.module)
-    shape = weight.shape if not is_lazy(weight) else torch.Size()
+    shape = weight_shape(choice.module)
     return ConvolutionRecord(
         index=index,
         name=choice.name,
-        type=type(choice.module).__name__,
+        type=_class_of(choice.module).__name__,
         weight_shape=tuple(shape),
         fan_in=shape[1:].numel() if shape else 0,
         normalized_by=normalized_by,
@@ -100,6 +98,11 @@ def _record(index: int, choice: ConvolutionChoice, names: dict[nn.Module, str]) 
         reason=_reason(choice, normalized_by),
         order=choice.place.found,
     )
+
+
+def _class_of(conv: nn.Module) -> type:
+    """Not the class that torch injects for parametrizations, but the one below it."""
+    return type(conv).__mro__[1] if parametrize.is_parametrized(conv) else type(conv)
 
 
 def _ends_up_standardized(choice: ConvolutionChoice) -> bool:

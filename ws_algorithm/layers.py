@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import batchnorm, dropout, instancenorm, padding
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -157,6 +159,14 @@ def raw_weight(conv: nn.Module) -> nn.Parameter:
         return layer.weight
     chain = layer.parametrizations["weight"]
     return chain.original if hasattr(chain, "original") else chain.original0
+
+
+def weight_shape(conv: nn.Module) -> torch.Size:
+    """The shape of the weight that a convolution computes with; ``()`` if it is lazy and has none yet."""
+    layer: Any = conv
+    with torch.no_grad():
+        weight = layer.weight
+    return torch.Size() if is_lazy(weight) else weight.shape
 
 
 def own_standardization(conv: nn.Module) -> str | None:

@@ -19,7 +19,13 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ws_algorithm.formula import check_weight
-from ws_algorithm.layers import is_convolution, own_standardization, parametrizations_of, standardizers_of
+from ws_algorithm.layers import (
+    is_convolution,
+    own_standardization,
+    parametrizations_of,
+    standardizers_of,
+    weight_shape,
+)
 from ws_algorithm.tracing.execution import Place, execution_of
 
 Layers = Literal["all", "normalized"]
@@ -133,6 +139,8 @@ def select_convolutions(module: nn.Module, rules: Rules, example_input: Any = No
         skipped = _reason_to_skip(conv) or _reason_to_leave_out(names[conv], conv, place, rules)
         if skipped is None and conv in last:
             skipped = f"n_last_layers_ignore={rules.n_last_layers_ignore}"
+        if skipped is None and rules.predicate is not None and not rules.predicate(names[conv][0], conv):
+            skipped = "predicate is false"
         refused = _reason_to_refuse(conv) if skipped is None else None
         choices.append(ConvolutionChoice(names[conv][0], conv, place, skipped, refused))
     return Selection(module, rules, tuple(choices), execution.failure)
@@ -188,7 +196,7 @@ def _names_of_convolutions(module: nn.Module) -> dict[nn.Module, list[str]]:
 
 def _matches(pattern: str, names: Iterable[str]) -> bool:
     """Whether a pattern matches one of the names, or is the name of a module that contains one of them."""
-    return any(fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in names)
+    return any(name == pattern or fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in names)
 
 
 def _check_that_all_match(argument: str, patterns: Any, module: nn.Module, names: dict[nn.Module, list[str]]) -> None:
@@ -197,7 +205,9 @@ def _check_that_all_match(argument: str, patterns: Any, module: nn.Module, names
             continue
         every_name = [name for aliases in names.values() for name in aliases]
         containers = [name for name, _ in module.named_modules() if any(n.startswith(f"{name}.") for n in every_name)]
-        close = difflib.get_close_matches(pattern, [*every_name, *containers], n=3)
+        behind = [name for name in containers + every_name if f".{name}".endswith(f".{pattern}")]
+        behind += [name for name in containers + every_name if name and f".{pattern}".endswith(f".{name}")]
+        close = behind[:3] or difflib.get_close_matches(pattern, every_name + containers, n=3)
         hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "inspect_convolutions lists the names."
         raise ValueError(
             f"`{argument}` has {pattern!r}, which matches none of the {len(names)} convolutions of "
@@ -212,8 +222,8 @@ def _reason_to_skip(conv: nn.Module) -> str | None:
     own_layer = own_standardization(conv)
     if own_layer is not None:
         return f"already standardized by its class {own_layer}"
-    weight: Any = conv._parameters.get("weight")
-    if weight is not None and not is_lazy(weight) and weight.ndim > 1 and weight.shape[1:].numel() == 1:
+    shape = weight_shape(conv)
+    if len(shape) > 1 and shape[1:].numel() == 1:
         return "fan-in 1: the standardized weight would be 0"
     return None
 
@@ -224,8 +234,6 @@ def _reason_to_leave_out(names: list[str], conv: nn.Module, place: Place, rules:
             return f"exclude={pattern!r}"
     if rules.include is not None and not any(_matches(pattern, names) for pattern in rules.include):
         return f"not in include={list(rules.include)}"
-    if rules.predicate is not None and not rules.predicate(names[0], conv):
-        return "predicate is false"
     if rules.layers == "normalized" and place.norm is None:
         if place.undecided:
             return "layers='normalized': not known to be followed by a norm"

@@ -33,8 +33,8 @@ def test_the_table_of_a_detector(capsys):
     ]
     assert lines[75] == ""
     assert lines[76] == (
-        "torchvision:maskrcnn_resnet50_fpn_v2: 69 of 74 convolutions standardized with layers='normalized'; left alone: "
-        "5 (layers='normalized': no norm follows it)."
+        "torchvision:maskrcnn_resnet50_fpn_v2: 69 of 74 convolutions standardized with layers='normalized'; left "
+        "alone: 5 (layers='normalized': no norm follows it)."
     )
     assert lines[77].startswith("Order: forward as a whole cannot be traced")
     assert len(lines) == 78

@@ -102,6 +102,9 @@ class Symbol(Tensor):
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return sys.modules["numpy"].asarray(float(self.trial.give_a_number()))
 
+    def __array_wrap__(self, array: Any, *others: Any) -> Any:
+        return array
+
     def __deepcopy__(self, memo: Any) -> Symbol:
         return self
 

@@ -164,6 +164,7 @@ class _Trial(Recorder):
         self.gave_a_number = False
         self._number = number
         self._rounds: Counter[Hashable] = Counter()
+        self._written: dict[int, tuple[Tensor, int]] = {}  # tensors of forward's own that hold what was computed
 
     def go(self) -> None:
         args, kwargs = self._arguments()
@@ -190,7 +191,9 @@ class _Trial(Recorder):
         return args, kwargs
 
     def position_of(self, value: Any) -> int | None:
-        return value.position if isinstance(value, Symbol) else None
+        if isinstance(value, Symbol):
+            return value.position
+        return self._written.get(id(value), (None, None))[1]
 
     def call_layer(self, part: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         return self._result_of(type(part).__name__, args, kwargs, part)
@@ -202,7 +205,7 @@ class _Trial(Recorder):
 
     def called_function(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, values = name_of(func), tree_leaves((args, kwargs))
-        if name in _DRAWS or any(isinstance(value, Symbol) for value in values):
+        if name in _DRAWS or any(self.position_of(value) is not None for value in values):
             return self.respond(name, args, kwargs)
         if any(isinstance(value, Tensor) and value.is_meta for value in values):
             return self._compute_without_data(func, name, values, args, kwargs)
@@ -230,7 +233,7 @@ class _Trial(Recorder):
         if isinstance(changed, Symbol):
             changed.changed_by(position)
         elif isinstance(changed, Tensor):
-            raise TypeError("forward writes what it computes from its input into a tensor of its own")
+            self._written[id(changed)] = (changed, position)
         first = args[0] if args else None
         return Symbol.of(self, position, first if name in _VIEWS and isinstance(first, Symbol) else None)
 
