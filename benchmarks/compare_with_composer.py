@@ -19,6 +19,7 @@ from typing import Any
 import composer
 import torch
 import torchvision
+from composer.functional import apply_stochastic_depth
 from composer.functional import apply_weight_standardization as composers
 from torch import nn
 from torch.nn.utils import parametrize
@@ -58,7 +59,7 @@ def stochastic_depth(apply: Apply) -> str:
     counts = []
     for seed in range(5):
         model = torchvision.models.resnet50()
-        composer.functional.apply_stochastic_depth(model, target_layer_name="ResNetBottleneck", drop_rate=0.2)
+        apply_stochastic_depth(model, target_layer_name="ResNetBottleneck", drop_rate=0.2)
         torch.manual_seed(seed)
         counts.append(apply(model))
     return f"{', '.join(map(str, sorted(set(counts))))} of 53"

@@ -2,10 +2,10 @@
 
     python benchmarks/selection_of_models.py > table.md
 
-The models have random weights and, where their constructors allow it, no memory. ``candidates`` are all convolutions,
-``all`` and ``normalized`` how many of them the two values of `layers` end up with standardized, ``undecided`` those that
-``normalized`` leaves out because it cannot tell, and ``order`` how the order of execution was found without an input.
-The last column is the time that finding all this took, once.
+The models have random weights and, where their constructors allow it, no memory. ``candidates`` are all
+convolutions, ``all`` and ``normalized`` how many of them end up standardized under the two values of `layers`,
+``undecided`` those that ``normalized`` leaves out because it cannot tell, and ``order`` how the order of execution was
+found without an input. The last column is the time that finding all this took, once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ws_algorithm.inspection import records_of
 from ws_algorithm.recipes.named_models import build_named_model
 from ws_algorithm.selection import Rules, select_convolutions
 
-# Residual networks of all kinds, separable and gated ones, attention with and without convolutions, weights of their own
+# Residual networks of all kinds, separable and gated ones, attention, and layers with a standardization of their own
 TIMM = """
     botnet26t_256 coat_tiny convmixer_768_32 convnext_atto convnextv2_atto cspdarknet53 densenetblur121d dla60_res2net
     dm_nfnet_f0 dpn68 edgenext_xx_small efficientnet_b0 efficientnet_b0_gn efficientnet_cc_b0_4e fastvit_t8 fbnetc_100

@@ -89,7 +89,7 @@ def _shared_weights(selection: Selection) -> Iterator[str]:
             if id(parameter) in names:
                 other = f"{name or 'the model itself'} ({type(layer).__name__})"
                 yield (
-                    f"{names[id(parameter)]}: its weight is shared with {other}, which uses it without standardization. "
+                    f"{names[id(parameter)]}: its weight is shared with {other}, which uses it as it is. "
                     "Leave both alone with `exclude`, or give them weights of their own."
                 )
 

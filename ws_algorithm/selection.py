@@ -174,7 +174,9 @@ def check_module(module: Any) -> None:
 def _check_patterns(argument: str, patterns: Any) -> tuple[str, ...] | None:
     if patterns is None:
         return None
-    items = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else [None]
+    items: list[Any] = [patterns]
+    if isinstance(patterns, Iterable) and not isinstance(patterns, str):
+        items = list(patterns)
     if not all(isinstance(item, str) for item in items):
         raise ValueError(
             f"`{argument}` (={patterns!r}) must be a name of a layer or a pattern such as 'head.*', or a list of them."

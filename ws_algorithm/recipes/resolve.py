@@ -171,7 +171,8 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
                     partial(_try_optimizer, recipe, **build.group_options(group)),
                 )
         if model is not None and built.get("WeightStandardization") and not registry.SURGERY & built.keys():
-            attempt("algorithms.WeightStandardization", lambda: _try_selection(*built["WeightStandardization"], model))
+            (algorithm,) = built["WeightStandardization"]
+            attempt("algorithms.WeightStandardization", partial(_try_selection, algorithm, model))
     if model is not None:
         errors += _check_stoppers(recipe, model)
     if recipe.monitor is not None and recipe.eval_dataloader is None:
