@@ -6,16 +6,17 @@ The quantized models of torchvision are left out: they are copies of seven class
 import gc
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from logging.handlers import BufferingHandler
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 import torchvision
 from tensor_following import CONVOLUTIONS, Followed, follow
 from torch import nn
@@ -94,6 +95,7 @@ def inputs_of(name: str, model: Any) -> list[Any]:
 class Case:
     """A model, what a run of it did, and what the selection says of it."""
 
+    name: str
     model: nn.Module
     followed: Followed
     all: list[Any]
@@ -143,7 +145,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     if followed.normalized != normalized_in(normalized):
         warnings[0] = _warnings_of_standardization(model, chosen_in(normalized), 0)
     assert model.training == (name in TRAINED)
-    yield Case(model, followed, everything, normalized, exact, warnings)
+    yield Case(name, model, followed, everything, normalized, exact, warnings)
     gc.collect()
 
 
@@ -202,6 +204,22 @@ def test_what_could_not_be_decided_is_warned_of(case):
     assert not out_of_order or case.warnings[1]
 
 
+def documented_counts() -> dict[str, list[int]]:
+    """Of the table in the documentation: all convolutions, and those standardized by either value of ``layers``."""
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+):(\S+)` \| (\d+) \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+    return {f"{library}/{name}": [int(count) for count in counts] for library, name, *counts in rows}
+
+
+def test_the_documentation_has_the_counts(case):
+    counts = [
+        len(case.all),
+        *(sum(record.standardized for record in records) for records in (case.all, case.normalized)),
+    ]
+
+    assert documented_counts()[case.name] == counts
+
+
 # Auxiliary heads run in training only, and some layers do something else in evaluation
 @pytest.mark.parametrize(
     "name",
@@ -216,56 +234,6 @@ def test_a_model_in_evaluation_mode_is_selected_from_as_in_training(name):
     assert [record.name for record in records] == followed.order
     assert normalized_in(records) == followed.normalized
     assert not _warnings_of_standardization(model, chosen_in(records), 0)
-
-
-class Small(nn.Module):
-    def __init__(self, body: Callable[[Any, torch.Tensor], Any]) -> None:
-        super().__init__()
-        self.conv, self.norm, self.dropout, self.body = nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.Dropout(), body
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.body(self, x)
-
-
-Body = Callable[[Any, torch.Tensor], Any]
-FOLLOWED_BY_A_NORM: dict[str, Body] = {
-    "at once": lambda net, x: net.norm(net.conv(x)),
-    "after a sum": lambda net, x: net.norm(net.conv(x) + x),
-    "after a sum in place": lambda net, x: [y := x.clone(), y.add_(net.conv(x)), net.norm(y)],
-    "after dropout": lambda net, x: net.norm(net.dropout(net.conv(x)).add_(x)),
-    "after cat and flip": lambda net, x: net.norm(torch.cat([x, net.conv(x)]).flip(0)),
-    "after padding": lambda net, x: net.norm(F.pad(net.conv(x), (1, 1)).clone()),
-    "after roll and chunk": lambda net, x: net.norm(torch.roll(net.conv(x), 1, 2).chunk(2, -1)[0]),
-    "a function": lambda net, x: F.layer_norm(net.conv(x).permute(0, 2, 3, 1), (4,)),
-    "on one path": lambda net, x: [F.batch_norm(y := net.conv(x), None, None, training=True), F.relu(y)],
-    "twice": lambda net, x: net.norm(net.conv(net.norm(net.conv(x)))),
-}
-FOLLOWED_BY_NONE: dict[str, Body] = {
-    "behind a norm": lambda net, x: net.conv(net.norm(x)),
-    "relu": lambda net, x: net.norm(F.relu(net.conv(x))),
-    "relu in place": lambda net, x: [y := net.conv(x), F.relu_(y), net.norm(y)],
-    "a product": lambda net, x: net.norm(net.conv(x) * 2),
-    "pooling": lambda net, x: net.norm(F.max_pool2d(net.conv(x), 2)),
-    "interpolation": lambda net, x: net.norm(F.interpolate(net.conv(x), scale_factor=2.0)),
-    "local response": lambda net, x: F.local_response_norm(net.conv(x), 2),
-    "one of two uses": lambda net, x: [net.norm(net.conv(x)), net.conv(x)],
-    "the second of two uses": lambda net, x: net.norm(net.conv(F.relu(net.conv(x)))),
-    "unused": lambda net, x: net.norm(x),
-}
-
-
-@pytest.mark.parametrize("name", FOLLOWED_BY_A_NORM | FOLLOWED_BY_NONE)
-def test_the_run_of_a_small_model(name):
-    followed = follow(Small((FOLLOWED_BY_A_NORM | FOLLOWED_BY_NONE)[name]), torch.ones(2, 4, 8, 8))
-
-    assert followed.normalized == ({"conv"} if name in FOLLOWED_BY_A_NORM else set())
-
-
-@pytest.mark.parametrize("name", FOLLOWED_BY_A_NORM | FOLLOWED_BY_NONE)
-def test_the_selection_from_a_small_model(name):
-    records = inspect_convolutions(Small((FOLLOWED_BY_A_NORM | FOLLOWED_BY_NONE)[name]), layers="normalized")
-
-    assert normalized_in(records) == ({"conv"} if name in FOLLOWED_BY_A_NORM else set())
 
 
 BY_HAND: dict[str, Callable[[str], bool]] = {  # which convolutions have no norm, read off the definitions
