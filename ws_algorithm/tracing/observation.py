@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,8 +54,7 @@ class _Observation(Recorder):
     def go(self, args: tuple[Any, ...]) -> None:
         args = tree_map(_cloned, args)
         self._note(args, self.add(INPUT, ()))
-        with self, torch.random.fork_rng(devices=_cuda_devices()):
-            torch.default_generator.manual_seed(0)
+        with self, _repeatable_draws():
             output = self.shadow.forward(*args)
         self.add(OUTPUT, output)
 
@@ -106,5 +106,15 @@ def _cloned(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _cuda_devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+@contextmanager
+def _repeatable_draws() -> Iterator[None]:
+    """Let torch draw the same numbers in every process, and go on afterwards from where it was."""
+    generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(0)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

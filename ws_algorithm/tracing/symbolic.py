@@ -141,11 +141,26 @@ def _passage(module: nn.Module, training: bool, number: int, answers: Answers) -
         except Exception as error:
             failure = error
         else:
-            return trial
+            if trial.hidden_draws is None or not _are_repeated(trial.hidden_draws, module, training, number, given):
+                return trial
+            raise RuntimeError("forward draws random numbers in a way that cannot be followed")
         open_conditions = [c for c in trial.asked if c not in given]
         if not open_conditions or len(trial.asked) > _MOST_CONDITIONS:
             raise failure
         given |= {condition: True for condition in open_conditions[:-1]} | {open_conditions[-1]: False}
+
+
+def _are_repeated(
+    draws: HiddenDraws, module: nn.Module, training: bool, number: int, answers: dict[Hashable, bool]
+) -> bool:
+    """Whether hidden draws happen in every run, and so in this thread; then they are undone."""
+    for _ in range(2):
+        trial = _Trial(module, training, number, answers)
+        trial.go()
+        if trial.hidden_draws is None:
+            return False
+    draws.undo()
+    return True
 
 
 class _Trial(Recorder):
@@ -155,6 +170,7 @@ class _Trial(Recorder):
         asked: The places in the code that made a condition of a symbol, in order.
         answers: What they were told.
         gave_a_number: Whether a symbol was asked for a number.
+        hidden_draws: Those that happened meanwhile, in this thread or another.
     """
 
     def __init__(self, module: nn.Module, training: bool, number: int, answers: Answers) -> None:
@@ -162,6 +178,7 @@ class _Trial(Recorder):
         self.asked: list[Hashable] = []
         self.answers = dict(answers)
         self.gave_a_number = False
+        self.hidden_draws: HiddenDraws | None = None
         self._number = number
         self._rounds: Counter[Hashable] = Counter()
         self._written: dict[int, tuple[Tensor, int]] = {}  # tensors of forward's own that hold what was computed
@@ -172,9 +189,8 @@ class _Trial(Recorder):
         draws = HiddenDraws(filter(is_generator, attributes))
         with self, self._lenient_functions():
             output = self.shadow.forward(*args, **kwargs)
-        if draws.undo():
-            raise RuntimeError("forward draws random numbers in a way that cannot be followed")
         self.add(OUTPUT, output)
+        self.hidden_draws = draws if draws.have_happened() else None
 
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """A symbol for each argument of forward that has no default."""

@@ -89,7 +89,7 @@ def _private_draws() -> Iterator[None]:
 class HiddenDraws:
     """Draws that cannot be seen while they happen: from generators of a model's own, or through names of its own.
 
-    Of the global generators, only in a process with one thread can they be told from the draws of others.
+    From the global generators other threads may draw too.
 
     Args:
         own: Generators of Python or NumPy beside the global ones.
@@ -98,21 +98,15 @@ class HiddenDraws:
     def __init__(self, own: Iterable[Any] = ()) -> None:
         self._generators = [*global_generators(), *own]
         self._states = [_state_of(generator) for generator in self._generators]
-        self._torch_state = torch.get_rng_state()
 
-    def undo(self) -> bool:
-        """Return the generators to where they were, and say whether that was necessary."""
-        if threading.active_count() > 1:
-            return False
-        moved = False
+    def have_happened(self) -> bool:
+        """Whether a generator is no longer where it was."""
+        return pickle.dumps([_state_of(generator) for generator in self._generators]) != pickle.dumps(self._states)
+
+    def undo(self) -> None:
+        """Return the generators to where they were."""
         for generator, state in zip(self._generators, self._states, strict=True):
-            if pickle.dumps(_state_of(generator)) != pickle.dumps(state):
-                _set_state(generator, state)
-                moved = True
-        if not torch.equal(torch.get_rng_state(), self._torch_state):
-            torch.set_rng_state(self._torch_state)
-            moved = True
-        return moved
+            _set_state(generator, state)
 
 
 @contextmanager
@@ -122,13 +116,14 @@ def _settings_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(dtype)
-        draws.undo()
+        if threading.active_count() == 1:
+            draws.undo()
 
 
 def global_generators() -> list[Any]:
-    """Those behind the functions of ``random`` and, if it has been imported, ``numpy.random``."""
+    """Those behind the functions of torch on the CPU, ``random`` and, if it has been imported, ``numpy.random``."""
     numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    return [_PYTHON_GENERATOR, *([numpy_random.mtrand._rand] if numpy_random else [])]
+    return [torch.default_generator, _PYTHON_GENERATOR, *([numpy_random.mtrand._rand] if numpy_random else [])]
 
 
 def is_generator(value: Any) -> bool:
@@ -139,13 +134,17 @@ def is_generator(value: Any) -> bool:
 
 
 def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().tolist()
     if isinstance(generator, random.Random):
         return generator.getstate()
     return generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state(legacy=False)
 
 
 def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
+    if isinstance(generator, torch.Generator):
+        generator.set_state(torch.tensor(state, dtype=torch.uint8))
+    elif isinstance(generator, random.Random):
         generator.setstate(state)
     elif hasattr(generator, "bit_generator"):
         generator.bit_generator.state = state
