@@ -18,7 +18,7 @@ FLOORS = [
     ["formula.py", "layers.py", "tracing/rebinding.py", "tracing/symbol.py", "tracing/undisturbed.py"],
     ["parametrization.py", "tracing/shadow.py"],
     ["tracing/recorder.py"],
-    ["tracing/following.py"],
+    ["tracing/following.py", "tracing/trial.py"],
     ["tracing/symbolic.py", "tracing/observation.py"],
     ["tracing/execution.py"],
     ["selection.py"],

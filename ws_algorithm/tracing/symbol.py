@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 
-class Trial(Protocol):
+class Respondent(Protocol):
     """What a symbol asks."""
 
     def decide(self) -> bool: ...
@@ -36,13 +36,13 @@ class Symbol(Tensor):
         attribute: Of whom it is an attribute, and which; then it may turn out to be a method.
     """
 
-    trial: Trial
+    trial: Respondent
     position: int
     base: Symbol | None
     attribute: tuple[Symbol, str] | None
 
     @staticmethod
-    def of(trial: Trial, position: int, base: Symbol | None = None) -> Symbol:
+    def of(trial: Respondent, position: int, base: Symbol | None = None) -> Symbol:
         symbol: Any = Tensor._make_subclass(Symbol, _NOTHING)
         symbol.__dict__.update(trial=trial, position=position, base=base, attribute=None)
         return symbol
