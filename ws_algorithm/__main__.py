@@ -100,10 +100,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from ws_algorithm.recipes.inspect import inspect
+    from ws_algorithm.recipes.inspect import RULES, inspect
 
-    names = ("n_last_layers_ignore", "layers", "include", "exclude")
-    rules = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    rules = {name: getattr(options, name) for name in RULES if getattr(options, name) is not None}
     inspect(options.recipe, options.overrides, as_json=options.json, **rules)
 
 

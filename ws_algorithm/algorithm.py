@@ -156,10 +156,10 @@ def _select_on_all_ranks(model: nn.Module, rules: Rules, formula: Formula) -> Se
         selection = select_convolutions(model, rules)
         check_selection(selection)
         outcome = [repr(formula), *sorted(str(choice) for choice in selection.chosen)]
-    except ValueError as error:
+    except Exception as error:
         if dist.get_world_size() == 1:
             raise
-        outcome = str(error)
+        outcome = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     if dist.get_world_size() > 1:
         _check_ranks_agree(dist.all_gather_object(outcome))
     assert selection is not None

@@ -23,11 +23,12 @@ def summary_of(selection: Selection) -> str:
 
 def cautions_about(selection: Selection) -> Iterator[str]:
     """Sentences, each of which names layers and a remedy; none if all is well."""
-    chosen = selection.chosen
+    chosen = [choice for choice in selection.chosen if choice.refused_because is None]
     yield from _order_in_doubt(selection)
     yield from _followed_by_no_norm(selection)
     yield from _undecided(selection)
     yield from _shared_weights(selection)
+    yield from _unused(selection)
     if small := [choice for choice in chosen if raw_weight(choice.module).shape[1:].numel() == 2]:
         yield (
             f"{_listed(small)}: with a fan-in of 2 every standardized weight is 1 or -1, and learning stops. Leave "
@@ -42,7 +43,14 @@ def cautions_about(selection: Selection) -> Iterator[str]:
 
 def _order_in_doubt(selection: Selection) -> Iterator[str]:
     """Only a count asks for the order, and one that leaves out all or nothing does not."""
-    if selection.failure is None or not 0 < selection.rules.n_last_layers_ignore < len(selection.choices):
+    if not 0 < selection.rules.n_last_layers_ignore < len(selection.choices):
+        return
+    if selection.doubt is not None:
+        yield (
+            f"What `n_last_layers_ignore` counts is not certain: {selection.doubt}. Give an `example_input`, or name "
+            "the layers with `exclude`."
+        )
+    if selection.failure is None:
         return
     yield (
         f"The forward of {type(selection.module).__name__} cannot be traced ({selection.failure}), so "
@@ -76,12 +84,24 @@ def _undecided(selection: Selection) -> Iterator[str]:
         )
 
 
+def _unused(selection: Selection) -> Iterator[str]:
+    """Left alone by the rule, or counted first, for want of an input with which they run."""
+    rules = selection.rules
+    unused = [c for c in selection.choices if not c.place.executed and not c.place.undecided]
+    by_rule = [c for c in unused if (c.skipped_because or "").startswith("layers=")]
+    if by_rule or (unused and 0 < rules.n_last_layers_ignore < len(selection.choices)):
+        yield (
+            f"{_listed(by_rule or unused)}: forward does not use them, called with the arguments that it must have. If "
+            "others switch them on, give them in an `example_input`, or name the layers in `include` and `exclude`."
+        )
+
+
 def _shared_weights(selection: Selection) -> Iterator[str]:
     """A raw weight that a layer uses as it is, beside a convolution that standardizes it."""
-    chosen = {choice.module for choice in selection.chosen}
+    chosen = {choice.module for choice in selection.chosen if choice.refused_because is None}
     standardized = chosen | {choice.module for choice in selection.choices if standardizers_of(choice.module)}
     parts = {part for conv in standardized for part in conv.modules()}
-    names = {id(raw_weight(choice.module)): choice for choice in selection.chosen}
+    names = {id(raw_weight(choice.module)): choice for choice in selection.choices if choice.module in chosen}
     for name, layer in selection.module.named_modules():
         if layer in parts:
             continue

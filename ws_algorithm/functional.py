@@ -102,8 +102,15 @@ def check_selection(selection: Selection) -> None:
 def standardize_selection(selection: Selection, formula: Formula) -> int:
     """Standardize what was chosen and return its number."""
     chosen = selection.chosen
-    for choice in chosen:
-        register_weight_standardizer(choice.module, formula)
+    done: list[nn.Module] = []
+    try:
+        for choice in chosen:
+            register_weight_standardizer(choice.module, formula)
+            done.append(choice.module)
+    except BaseException:  # out of memory, an interrupt, a tensor that refuses to be changed
+        for conv in done:
+            unregister_weight_standardizer(conv)
+        raise
     log.log(logging.INFO if is_weight_standardized(selection.module) else logging.WARNING, summary_of(selection))
     for caution in cautions_about(selection):
         log.warning(caution)

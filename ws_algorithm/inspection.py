@@ -118,8 +118,8 @@ def _reason(choice: ConvolutionChoice, normalized_by: str | None) -> str:
         return f"cannot be: {choice.refused_because}"
     if normalized_by is not None:
         return "a norm follows it"
-    if not choice.place.executed:
-        return "layers='all', although forward does not use it"
     if choice.place.undecided:
         return "layers='all'; not known whether a norm follows it"
+    if not choice.place.executed:
+        return "layers='all', although forward does not use it"
     return "layers='all', although no norm follows it"

@@ -60,10 +60,15 @@ _STANDARDIZED_LAYERS = frozenset(
 # `_NormBase` of torch is a base of batch and instance norms alike
 _NORMALIZATIONS = (batchnorm._NormBase, instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
-# Norms that other packages derive from Module: FrozenBatchNorm2d, GhostBatchNorm2d, EvoNorm2dS0, InplaceAbn, RmsNorm
+# Norms that other packages derive from Module: FrozenBatchNorm2d, EvoNorm2dS0, FilterResponseNormTlu2d, RmsNorm2d
 _NORMALIZATION_NAME = re.compile(
-    r"(Batch|Group|Layer|Instance|R[Mm][Ss]|Evo|FilterResponse|Switchable)Norm|^In[Pp]laceA[Bb][Nn]|^ABN$"
+    r"_?(Frozen|NaiveSync|Sync|Cross|LP|LowPrecision|Fused|Simple|Llama|T5|Qwen2)?"
+    r"(Batch|Group|Layer|Instance|R[Mm][Ss]|Evo|FilterResponse|Switchable|Simple)Norm(alization)?"
+    r"([123][dD])?([SB]\d[ab]?)?(Tlu|Act)?([123][dD])?|In[Pp]laceA[Bb][Nn](Sync)?|ABN"
 )
+
+# Packages whose norms with a forward of their own normalize first
+_KNOWN_PACKAGES = ("torch", "torchvision", "timm", "composer")
 
 _TRANSPARENT = (
     nn.Identity,
@@ -97,14 +102,15 @@ def is_convolution(layer: nn.Module) -> bool:
 def is_normalization(layer: nn.Module) -> bool:
     """Whether a layer normalizes its input: torch's norms except ``LocalResponseNorm``, and others by their names.
 
-    torchvision's ``FrozenBatchNorm2d`` and timm's layers of norm and activation are norms. A block that is named after
-    its norm but has weights of its own to convolve or multiply with is not.
+    torchvision's ``FrozenBatchNorm2d`` and timm's layers of norm and activation are norms. A layer that contains norms,
+    or a class of the user's that derives from one and has a forward of its own, is judged by its forward instead.
     """
     if isinstance(layer, _NORMALIZATIONS):
-        return True
-    if not any(_NORMALIZATION_NAME.search(cls.__name__) for cls in type(layer).__mro__):
+        return (getattr(layer.forward, "__module__", None) or "").partition(".")[0] in _KNOWN_PACKAGES
+    if not any(_NORMALIZATION_NAME.fullmatch(cls.__name__) for cls in type(layer).__mro__):
         return False
-    return not any(isinstance(part, (*CONVOLUTIONS, nn.Linear)) for part in layer.modules())
+    of_its_own = (*CONVOLUTIONS, nn.Linear, nn.modules.conv._ConvTransposeNd, *_NORMALIZATIONS)
+    return not any(isinstance(part, of_its_own) for part in layer.modules())
 
 
 def is_transparent(layer: nn.Module) -> bool:
@@ -121,7 +127,7 @@ def is_elementary(layer: nn.Module) -> bool:
     """
     if is_convolution(layer):
         return _is_of_torch(layer.forward) or own_standardization(layer) is not None
-    if is_normalization(layer) or is_transparent(layer):
+    if is_normalization(layer) or is_transparent(layer) or isinstance(layer, torch.jit.ScriptModule):
         return True
     if isinstance(layer, (nn.Sequential, nn.ModuleList, nn.ModuleDict, parametrize.ParametrizationList)):
         return False
@@ -131,7 +137,7 @@ def is_elementary(layer: nn.Module) -> bool:
 
 def _is_of_torch(forward: Any) -> bool:
     """Whether a method was written in ``torch.nn``."""
-    return getattr(forward, "__module__", "").split(".")[:2] == ["torch", "nn"]
+    return (getattr(forward, "__module__", None) or "").split(".")[:2] == ["torch", "nn"]
 
 
 def is_standardizer(parametrization: nn.Module) -> bool:
@@ -164,9 +170,9 @@ def raw_weight(conv: nn.Module) -> nn.Parameter:
 def weight_shape(conv: nn.Module) -> torch.Size:
     """The shape of the weight that a convolution computes with; ``()`` if it is lazy and has none yet."""
     layer: Any = conv
-    with torch.no_grad():
-        weight = layer.weight
-    return torch.Size() if is_lazy(weight) else weight.shape
+    if parametrize.is_parametrized(conv, "weight"):  # not asked for: computing one may change buffers (spectral_norm)
+        return torch.Size((layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size))
+    return torch.Size() if is_lazy(layer.weight) else layer.weight.shape
 
 
 def own_standardization(conv: nn.Module) -> str | None:

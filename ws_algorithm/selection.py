@@ -23,6 +23,7 @@ from ws_algorithm.layers import (
     is_convolution,
     own_standardization,
     parametrizations_of,
+    raw_weight,
     standardizers_of,
     weight_shape,
 )
@@ -102,12 +103,14 @@ class Selection:
     Args:
         choices: Those that forward never uses come first.
         failure: What kept forward as a whole from being traced, so that the order is in doubt; ``None`` if nothing did.
+        doubt: What is uncertain about the order although forward was traced; ``None`` if nothing is.
     """
 
     module: nn.Module
     rules: Rules
     choices: tuple[ConvolutionChoice, ...]
     failure: str | None
+    doubt: str | None
 
     @property
     def chosen(self) -> list[ConvolutionChoice]:
@@ -143,7 +146,7 @@ def select_convolutions(module: nn.Module, rules: Rules, example_input: Any = No
             skipped = "predicate is false"
         refused = _reason_to_refuse(conv) if skipped is None else None
         choices.append(ConvolutionChoice(names[conv][0], conv, place, skipped, refused))
-    return Selection(module, rules, tuple(choices), execution.failure)
+    return Selection(module, rules, tuple(choices), execution.failure, execution.doubt)
 
 
 def check_n_last_layers_ignore(value: Any) -> int:
@@ -258,7 +261,7 @@ def _reason_to_refuse(conv: nn.Module) -> str | None:
                 "undo. Remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
             )
     if parametrize.is_parametrized(conv, "weight"):
-        return _complaint_about(conv.weight)
+        return _complaint_about(raw_weight(conv))
     weight = conv._parameters.get("weight")
     if weight is None:
         return (

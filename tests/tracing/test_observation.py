@@ -142,8 +142,15 @@ def test_an_input_that_does_not_fit():
         look(model, torch.ones(2, 5, 4, 4))
 
 
-def test_an_input_that_is_not_needed_is_not_used():
-    assert norms(model_of(lambda m, x: m.n(m.a(x))), "nonsense") == {"a": "n"}
+def test_an_input_is_used_even_where_symbols_would_do():
+    def with_an_option(m: Any, x: Any) -> Any:
+        image, option = x if isinstance(x, list) else (x, None)
+        return m.n(m.a(image) if option is None else m.a(image) + m.b(option))
+
+    model, image = model_of(with_an_option), IMAGE
+
+    assert norms(model) == {"a": "n"}
+    assert norms(model, [image, image]) == {"a": "n", "b": "n"}
 
 
 def test_evaluation_and_training_are_observed():

@@ -171,7 +171,7 @@ def test_files_can_be_read_and_are_written_by_others(tmp_path):
     turn = threading.Event()
     writer = threading.Thread(target=lambda: turn.wait(10) and path.write_text("3"))
     writer.start()
-    with undisturbed():
+    with undisturbed(nn.Module()):
         assert path.read_text() == "1"
         with pytest.raises(SideEffect):
             path.write_text("2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -14,12 +14,15 @@ from torch import nn
 from ws_algorithm.algorithm import WeightStandardization
 from ws_algorithm.cautions import cautions_about
 from ws_algorithm.inspection import ConvolutionRecord, records_of
-from ws_algorithm.recipes import build
+from ws_algorithm.recipes import build, registry
 from ws_algorithm.recipes.named_models import build_named_model, names_a_model
 from ws_algorithm.recipes.report import format_table
 from ws_algorithm.recipes.resolve import resolve_recipe
 from ws_algorithm.recipes.schema import RecipeError
 from ws_algorithm.selection import Rules, Selection, select_convolutions
+
+# Those that a command line or a recipe can give
+RULES = tuple(field.name for field in fields(Rules) if field.name != "predicate")
 
 _HEADER = ("", "convolution", "type", "weight", "fan-in", "normalized by", "WS", "why")
 
@@ -44,7 +47,7 @@ def inspect(source: str, overrides: Sequence[str] = (), *, as_json: bool = False
     except ValueError as error:
         raise RecipeError(source, [str(error)]) from error
     records = records_of(selection)
-    notes = [*notes, *_orders(selection, records), *cautions_about(selection)]
+    notes = [*notes, *_orders(selection), *cautions_about(selection)]
     print(_json(source, selection, records, notes) if as_json else _table(source, selection, records, notes))
 
 
@@ -59,23 +62,21 @@ def _model_and_rules(source: str, overrides: Sequence[str]) -> tuple[nn.Module, 
     algorithms = build.build_algorithms(recipe)
     own = [algorithm.rules for algorithm in algorithms if isinstance(algorithm, WeightStandardization)]
     notes = [] if own else ["The recipe has no WeightStandardization; this is what its defaults would do."]
-    others = [type(algorithm).__name__ for algorithm in algorithms if not isinstance(algorithm, WeightStandardization)]
+    others = [name for name in recipe.algorithms or {} if name in registry.SURGERY]
     if others:
         notes.append(f"This is the model as it is built, before {', '.join(others)} of the recipe.")
     settings = own[0] if own else Rules()
-    return model, {name: getattr(settings, name) for name in _RULES}, notes
+    return model, {name: getattr(settings, name) for name in RULES}, notes
 
 
-_RULES = ("n_last_layers_ignore", "layers", "include", "exclude")
-
-
-def _orders(selection: Selection, records: list[ConvolutionRecord]) -> list[str]:
-    found = Counter(record.order for record in records if record.order not in ("traced", "observed"))
-    if selection.failure is None or not found:
+def _orders(selection: Selection) -> list[str]:
+    if selection.doubt is not None:
+        return [f"Order: {selection.doubt}."]
+    if selection.failure is None:
         return []
     return [
-        f"Order: forward as a whole cannot be traced ({selection.failure}). Its parts were, and stand in the order of "
-        "their definition; only within a part is the order that of execution."
+        f"Order: forward as a whole cannot be traced ({selection.failure}). Those of its parts that can be stand in "
+        "the order of their definition; only within such a part is the order that of execution."
     ]
 
 
@@ -106,14 +107,14 @@ def _summary_line(selection: Selection, records: list[ConvolutionRecord]) -> str
 
 
 def _rules_text(selection: Selection) -> str:
-    given = {name: value for name in _RULES if (value := getattr(selection.rules, name)) not in (None, 0)}
+    given = {name: value for name in RULES if (value := getattr(selection.rules, name)) not in (None, 0)}
     return ", ".join(f"{name}={list(value) if isinstance(value, tuple) else value!r}" for name, value in given.items())
 
 
 def _json(source: str, selection: Selection, records: list[ConvolutionRecord], notes: Iterable[str]) -> str:
     content = {
         "source": source,
-        "rules": {name: getattr(selection.rules, name) for name in _RULES},
+        "rules": {name: getattr(selection.rules, name) for name in RULES},
         "convolutions": [asdict(record) for record in records],
         "summary": {
             "convolutions": len(records),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from torch import nn
 
 from ws_algorithm.layers import NORMALIZING_FUNCTIONS, is_convolution, is_normalization
-from ws_algorithm.tracing.following import Reading
+from ws_algorithm.tracing.following import Follower, Reading
 from ws_algorithm.tracing.observation import observed_runs
 from ws_algorithm.tracing.recorder import Run
 from ws_algorithm.tracing.symbolic import symbolic_ways
@@ -44,14 +46,12 @@ class Execution:
     Args:
         places: What is known of each.
         failure: What kept forward as a whole from being traced; ``None`` if nothing did.
+        doubt: What is uncertain about the order although forward was traced; ``None`` if nothing is.
     """
 
     places: dict[nn.Module, Place]
-    failure: str | None
-
-    def leaves_doubt(self) -> bool:
-        """Whether an example input could say more."""
-        return self.failure is not None or any(place.undecided for place in self.places.values())
+    failure: str | None = None
+    doubt: str | None = None
 
 
 def execution_of(module: nn.Module, example_input: Any = None) -> Execution:
@@ -63,13 +63,14 @@ def execution_of(module: nn.Module, example_input: Any = None) -> Execution:
     Raises:
         ValueError: If forward does not accept the example input, and it is needed.
     """
-    with undisturbed():
+    if not any(map(is_convolution, module.modules())):
+        return Execution({})
+    with undisturbed(module):
+        if example_input is not None:
+            return _of_whole(_observed(module, example_input), "observed")
         survey = _Survey()
         survey.add(module)
-        execution = survey.execution_of(module)
-        if example_input is not None and execution.leaves_doubt():
-            return _of_whole(_observed(module, example_input), "observed")
-    return execution
+        return survey.execution_of(module)
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,26 @@ class _Part:
         followers = [way.followers_of(conv) for way in self.ways if conv in way.calls]
         if all(follower.norm is not None for uses in followers for follower in uses):
             return Place("traced", norm=followers[0][0].norm)
-        none = [any(f.norm is None and not (f.leaves and more_may_follow) for f in uses) for uses in followers]
+
+        def is_none(follower: Follower) -> bool:
+            return follower.norm is None and not follower.hidden and not (follower.leaves and more_may_follow)
+
+        none = [any(map(is_none, uses)) for uses in followers]
         return Place("traced", undecided=not all(none))
+
+    def verdict_on_unused(self, conv: nn.Module, found: Found) -> Place:
+        """One that no way calls may be computed in a manner of its own, or be on a way that was not found."""
+        if any(conv in way.weights_read for way in self.ways):
+            return Place(found, undecided=True)
+        return Place(found if self.complete else "defined", undecided=not self.complete, executed=False)
+
+    def doubt_about_order(self, unused: Collection[nn.Module]) -> str | None:
+        if unused and not self.complete:
+            return "some ways through forward could not be followed to their end; what no other uses is counted first"
+        for earlier, later in pairwise(self.order):
+            if not any(earlier in way.calls and later in way.calls for way in self.ways):
+                return "with some inputs, some convolutions run in the place of others"
+        return None
 
 
 def _part(module: nn.Module, runs: list[Run], complete: bool = True) -> _Part:
@@ -165,27 +184,29 @@ class _Survey:
 def _of_whole(part: _Part, found: Found) -> Execution:
     """Nothing follows the output of the whole."""
     places = {conv: replace(part.verdict_on(conv, more_may_follow=False), found=found) for conv in part.order}
-    convolutions = [layer for layer in part.module.modules() if is_convolution(layer)]
-    unused = Place(found if part.complete else "defined", undecided=not part.complete, executed=False)
-    places = {conv: unused for conv in convolutions if conv not in places} | places
-    in_doubt = not part.complete and len(places) > len(part.order)
-    return Execution(places, "with symbols, some ways through it do not reach its end" if in_doubt else None)
+    rest = {conv: part.verdict_on_unused(conv, found) for conv in _convolutions(part.module) if conv not in places}
+    return Execution(rest | places, doubt=part.doubt_about_order(rest))
 
 
 def _of_parts(module: nn.Module, survey: _Survey) -> Execution:
     """What follows the output of a part is not known, unless no norm is left that could."""
     more_may_follow = survey.norm_is_left(module)
-    alone = len(survey.parts) == 1 and survey.parts[0].complete
+    alone = len(survey.parts) == 1
     places: dict[nn.Module, Place] = {}
     for part in survey.parts:
         found: Found = "traced" if alone else "defined" if is_convolution(part.module) else "traced in parts"
         for conv in part.order:
             verdict = replace(part.verdict_on(conv, more_may_follow=more_may_follow), found=found)
             places[conv] = _both(places.pop(conv), verdict) if conv in places else verdict
-    convolutions = [layer for layer in module.modules() if is_convolution(layer)]
     unused = Place("defined", undecided=True, executed=False)
-    places = {conv: unused for conv in convolutions if conv not in places} | places
-    return Execution(places, None if alone and unused not in places.values() else survey.failure)
+    rest = {conv: unused for conv in _convolutions(module) if conv not in places}
+    if alone and not rest:
+        return Execution(places, doubt=survey.parts[0].doubt_about_order(rest))
+    return Execution(rest | places, failure=survey.failure)
+
+
+def _convolutions(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if is_convolution(layer)]
 
 
 def _both(earlier: Place, later: Place) -> Place:
@@ -196,10 +217,30 @@ def _both(earlier: Place, later: Place) -> Place:
 
 
 def _names_a_norm(module: nn.Module) -> bool:
-    """Whether the code of a module names one of torch's normalizing functions, or looks functions up by name."""
+    """Whether the code of a module, or a function that it names, names one of torch's normalizing functions.
+
+    Code that looks functions up by name may name any.
+    """
     classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.nn")]
-    values = [value for holder in (module, *classes) for value in vars(holder).values()]
-    codes = [value.__code__ for value in values if isinstance(value, types.FunctionType)]
-    for code in codes:  # grows meanwhile
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return any((NORMALIZING_FUNCTIONS | {"getattr"}) & set(code.co_names) for code in codes)
+    functions = [f for holder in (module, *classes) for value in vars(holder).values() for f in _functions_of(value)]
+    for function in functions:  # grows meanwhile
+        names = _names_in(function.__code__)
+        if names & (NORMALIZING_FUNCTIONS | {"getattr"}):
+            return True
+        named = (function.__globals__.get(name) for name in names)
+        functions += dict.fromkeys(f for value in named for f in _functions_of(value) if f not in functions)
+    return False
+
+
+def _functions_of(value: Any) -> list[types.FunctionType]:
+    """The function behind a value, unless it is torch's."""
+    if isinstance(value, property):
+        value = value.fget
+    value = getattr(value, "__func__", value)
+    is_users = isinstance(value, types.FunctionType) and not (value.__module__ or "").startswith("torch.")
+    return [value] if is_users else []
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*map(_names_in, inner))

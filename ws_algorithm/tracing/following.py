@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ws_algorithm.layers import (
@@ -24,6 +25,7 @@ class Follower:
 
     norm: nn.Module | str | None = None  # a layer, or the name of a function
     leaves: bool = False  # the output is still to be used when the run ends
+    hidden: bool = False  # it enters a layer that cannot be looked into
 
 
 class Reading:
@@ -41,20 +43,22 @@ class Reading:
                 self._users[source].append(position)
         self._weight_of: list[nn.Module | None] = []
         self.calls: dict[nn.Module, list[int]] = {}
+        self.weights_read = {operation.layer for operation in run if operation.name == WEIGHT}
         for position in range(len(run)):
             conv = self._convolution(position)
             self._weight_of.append(self._owner_of_weight(position) if conv is None else None)
             if conv is not None:
                 self.calls[conv] = [*self.calls.pop(conv, []), position]
+        self._followers = self._find_followers()
 
     def followers_of(self, conv: nn.Module) -> list[Follower]:
         """What follows each use of a convolution."""
-        return [self._follower_of(position) for position in self.calls[conv]]
+        return [self._followers[position] for position in self.calls[conv]]
 
     def begins_with_norm(self) -> bool:
         """Whether an input reaches a norm before anything else happens to it."""
         inputs = [position for position, operation in enumerate(self._run) if operation.name == INPUT]
-        return any(self._follower_of(position).norm is not None for position in inputs)
+        return any(self._followers[position].norm is not None for position in inputs)
 
     def called_layers(self) -> set[nn.Module]:
         """The layers that are called, and their parts."""
@@ -82,25 +86,29 @@ class Reading:
             return None
         return next(filter(None, owners), None)
 
-    def _follower_of(self, position: int) -> Follower:
-        """The first norm that a result reaches through operations that only move or add it."""
-        leaves = not self._users[position]
-        seen, waiting = {position}, [position]
-        while waiting:
-            current = waiting.pop(0)
-            for user in self._users[current]:
-                operation = self._run[user]
-                norm = _norm(operation)
-                if norm is not None:
-                    if operation.first == current:  # not the scale or shift of the norm
-                        return Follower(norm)
-                elif operation.name == OUTPUT:
-                    leaves = True
-                elif user not in seen and _lets_through(operation, current):
-                    seen.add(user)
-                    waiting.append(user)
-                    leaves |= not self._users[user]  # kept somewhere, for all that is known
-        return Follower(leaves=leaves)
+    def _find_followers(self) -> list[Follower]:
+        """For each operation, the first norm that its result reaches through others that only move or add it."""
+        followers = [Follower()] * len(self._run)
+        for position in reversed(range(len(self._run))):
+            users = self._users[position]
+            found = [self._follower_through(user, position, followers) for user in users]
+            direct = [_norm(self._run[user]) for user, follower in zip(users, found, strict=True) if follower.norm]
+            norms = [norm for norm in direct if norm is not None] or [f.norm for f in found if f.norm is not None]
+            leaves = not users or any(follower.leaves for follower in found)  # unused: kept somewhere, for all we know
+            followers[position] = Follower(norms[0] if norms else None, leaves, any(f.hidden for f in found))
+        return followers
+
+    def _follower_through(self, user: int, source: int, followers: list[Follower]) -> Follower:
+        """What follows the result of `source` where `user` takes it."""
+        operation = self._run[user]
+        norm = _norm(operation)
+        if norm is not None:  # unless it is the scale or shift of the norm
+            return Follower(norm if operation.first == source else None)
+        if operation.name == OUTPUT:
+            return Follower(leaves=True)
+        if isinstance(operation.layer, torch.jit.ScriptModule):
+            return Follower(hidden=True)
+        return followers[user] if _lets_through(operation, source) else Follower()
 
 
 def _norm(operation: Operation) -> nn.Module | str | None:

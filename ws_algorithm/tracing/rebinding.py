@@ -10,10 +10,12 @@ import copy
 import functools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
+
+_PLAIN = (int, float, str, bytes, type(None))
 
 
 class Rebinding:
@@ -21,15 +23,16 @@ class Rebinding:
 
     Args:
         module: The original.
+        others: The identities of other values for which `memo` will have something else.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, others: Collection[int] = ()) -> None:
         self._functions: dict[int, tuple[types.FunctionType, types.FunctionType]] = {}
         self._references: dict[int, tuple[Any, _Reference]] = {}
-        modules = {id(part) for part in (*module.modules(), *module.parameters(), *module.buffers())}
+        modules = {id(part) for part in (*module.modules(), *module.parameters(), *module.buffers())} | set(others)
         for part in module.modules():
             for name, value in list(vars(part).items()):
-                if name not in ("_modules", "_parameters", "_buffers"):
+                if name not in ("_modules", "_parameters", "_buffers") and not isinstance(value, _PLAIN):
                     self._visit(value, modules, set())
 
     @property
@@ -37,14 +40,21 @@ class Rebinding:
         """For ``copy.deepcopy``: what takes the place of each, still without what it refers to."""
         return {key: new for key, (_, new) in (*self._functions.items(), *self._references.items())}
 
-    def complete(self, memo: dict[int, Any]) -> None:
-        """Let the new ones refer to copies, once `memo` knows them."""
+    def complete(self, memo: dict[int, Any], stand_in: Any) -> None:
+        """Let the new ones refer to copies, once `memo` knows them, or to `stand_in` for what cannot be copied."""
+
+        def copied(value: Any) -> Any:
+            try:
+                return copy.deepcopy(value, memo)
+            except Exception:
+                return stand_in
+
         for old, new in self._functions.values():
             for old_cell, new_cell in zip(old.__closure__ or (), new.__closure__ or (), strict=True):
                 if _is_filled(old_cell):
-                    new_cell.cell_contents = copy.deepcopy(old_cell.cell_contents, memo)
-            new.__defaults__ = copy.deepcopy(old.__defaults__, memo)
-            new.__kwdefaults__ = copy.deepcopy(old.__kwdefaults__, memo)
+                    new_cell.cell_contents = copied(old_cell.cell_contents)
+            new.__defaults__ = old.__defaults__ and tuple(map(copied, old.__defaults__))
+            new.__kwdefaults__ = old.__kwdefaults__ and {k: copied(v) for k, v in old.__kwdefaults__.items()}
         for old, new in self._references.values():
             new.target = memo.get(id(old()), old())
 

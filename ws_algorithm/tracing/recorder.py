@@ -86,6 +86,8 @@ class Recorder(TorchFunctionMode):
         self._check_own(leaves)
         positions = [self._position_or_weight(value) for value in leaves]
         inputs = tuple(dict.fromkeys(position for position in positions if position is not None))
+        if name == "__setitem__" and any(self.position_of(value) is not None for value in tree_leaves(args[1])):
+            name = "__setitem__ where"  # a mask chooses: no mere change of place
         layer = None if part is None else self._originals[part]
         self.operations.append(Operation(name, layer, inputs, positions[0] if positions else None))
         return len(self.operations) - 1

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ws_algorithm.tracing.rebinding import Rebinding
-from ws_algorithm.tracing.undisturbed import global_generators
+from ws_algorithm.tracing.undisturbed import global_generators, redirections
 
 _NOT_ATTRIBUTES = ("_modules", "_parameters", "_buffers")
+_HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
 def shadow_of(module: nn.Module, *, data: bool = False) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
@@ -23,7 +23,7 @@ def shadow_of(module: nn.Module, *, data: bool = False) -> tuple[nn.Module, dict
         module: Any model; it is not changed.
         data: Whether the copy has the values of parameters and buffers; if not, they are on the meta device.
     """
-    rebinding = Rebinding(module)
+    rebinding = Rebinding(module, redirections())
     memo = _tensors(module, data) | rebinding.memo
     try:
         shadow = copy.deepcopy(module, memo)
@@ -31,11 +31,8 @@ def shadow_of(module: nn.Module, *, data: bool = False) -> tuple[nn.Module, dict
         memo = _tensors(module, data) | rebinding.memo
         memo |= _stand_ins(module, memo)
         shadow = copy.deepcopy(module, memo)
-    rebinding.complete(memo)
+    rebinding.complete(memo, _WithoutValue())
     originals = dict(zip(shadow.modules(), module.modules(), strict=True))
-    for part in originals:
-        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            hooks.clear()
     return shadow, originals
 
 
@@ -45,7 +42,9 @@ def _tensors(module: nn.Module, data: bool) -> dict[int, Any]:
     def stand_in(tensor: Tensor) -> Tensor:
         return tensor.detach().clone() if data else torch.empty_like(tensor, device="meta").detach()
 
-    memo: dict[int, Any] = {id(generator): generator for generator in global_generators()}
+    memo: dict[int, Any] = {id(generator): generator for generator in global_generators()} | redirections()
+    for part in module.modules():  # the copy has no hooks: what they hold may be large, or refuse to be copied
+        memo |= {id(hooks): type(hooks)() for name, hooks in vars(part).items() if name in _HOOKS}
     for parameter in module.parameters():
         if not is_lazy(parameter):
             memo[id(parameter)] = nn.Parameter(stand_in(parameter), requires_grad=parameter.requires_grad)
@@ -59,14 +58,37 @@ def _tensors(module: nn.Module, data: bool) -> dict[int, Any]:
 
 
 def _stand_ins(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """Something that accepts any use, for each attribute that cannot be copied."""
+    """Something without a value for each attribute that cannot be copied."""
     found: dict[int, Any] = {}
     for part in module.modules():
         for name, value in vars(part).items():
-            if name in _NOT_ATTRIBUTES:
+            if name in _NOT_ATTRIBUTES or id(value) in memo or isinstance(value, (int, float, str, type(None))):
                 continue
             try:
                 copy.deepcopy(value, dict(memo))
             except Exception:
-                found[id(value)] = mock.MagicMock(name=name)
+                # Of a dict or list that another thread changes meanwhile, or that holds activations, a shallow copy
+                found[id(value)] = value.copy() if isinstance(value, (dict, list, set)) else _WithoutValue()
     return found
+
+
+class _WithoutValue:
+    """It can be called, entered and asked for attributes; forward fails where its way depends on what it is."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    __enter__ = __call__
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def _refuse(self, *others: Any) -> Any:
+        raise TypeError("forward depends on an attribute that cannot be copied")
+
+    __bool__ = __eq__ = __ne__ = _refuse
+    __hash__ = object.__hash__

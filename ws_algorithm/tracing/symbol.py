@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dis
+import functools
 import sys
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -75,7 +77,8 @@ class Symbol(Tensor):
         return float(self.trial.give_a_number())
 
     def __iter__(self) -> Iterator[Any]:
-        count = _unpacked_at(sys._getframe(1))
+        frame = sys._getframe(1)
+        count = _unpacked_at(frame.f_code, frame.f_lasti)
         return (self[index] for index in range(self.trial.give_a_number() if count is None else count))
 
     def __round__(self, digits: int = 0) -> Any:
@@ -135,15 +138,16 @@ for _name in _OPERATORS:
 
 def name_of(function: Any) -> str:
     """The name of a function, method or property of torch."""
-    name = getattr(function, "__name__", type(function).__name__)
+    name = getattr(function, "__name__", type(function).__name__).partition(".")[0]  # of ``aten.conv2d.default`` too
     if name == "__get__":  # of a property
         return getattr(getattr(function, "__self__", None), "__name__", name)
     return name
 
 
-def _unpacked_at(frame: Any) -> int | None:
-    """How many values are expected, where the code of a frame is unpacking a sequence: ``a, b = x``."""
-    for instruction in dis.get_instructions(frame.f_code):
-        if instruction.offset == frame.f_lasti:
+@functools.lru_cache
+def _unpacked_at(code: CodeType, offset: int) -> int | None:
+    """How many values are expected, where code is unpacking a sequence: ``a, b = x``."""
+    for instruction in dis.get_instructions(code):
+        if instruction.offset == offset:
             return instruction.argval if instruction.opname == "UNPACK_SEQUENCE" else None
     return None

@@ -6,22 +6,24 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ws_algorithm.tracing import recorder as recorder_file
 from ws_algorithm.tracing import symbol as symbol_file
 from ws_algorithm.tracing.recorder import INPUT, OUTPUT, Recorder, changed_in_place
 from ws_algorithm.tracing.symbol import Symbol, name_of
-from ws_algorithm.tracing.undisturbed import HiddenDraws, global_draws, in_this_thread, is_generator
+from ws_algorithm.tracing.undisturbed import HiddenDraws, draws_answered_by, in_this_thread, is_generator
 
 Answers = Mapping[Hashable, bool]
 
 # After so many equal answers at one place, a loop is told to end
 _MOST_ROUNDS = 256
+_MOST_OPERATIONS = 200_000
 
 _DRAWS = frozenset(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal normal_ "
@@ -59,7 +61,6 @@ class Trial(Recorder):
         asked: The places in the code that made a condition of a symbol, in order.
         answers: What they were told.
         gave_a_number: Whether a symbol was asked for a number.
-        hidden_draws: Those that happened meanwhile, in this thread or another.
     """
 
     def __init__(self, module: nn.Module, training: bool, number: int, answers: Answers) -> None:
@@ -67,7 +68,6 @@ class Trial(Recorder):
         self.asked: list[Hashable] = []
         self.answers = dict(answers)
         self.gave_a_number = False
-        self.hidden_draws: HiddenDraws | None = None
         self._number = number
         self._rounds: Counter[Hashable] = Counter()
         self._written: dict[int, tuple[Tensor, int]] = {}  # tensors of forward's own that hold what was computed
@@ -76,10 +76,14 @@ class Trial(Recorder):
         args, kwargs = self._arguments()
         attributes = [value for part in self.shadow.modules() for value in vars(part).values()]
         draws = HiddenDraws(filter(is_generator, attributes))
-        with self, self._lenient_functions():
-            output = self.shadow.forward(*args, **kwargs)
+        try:
+            with self, self._lenient_functions():
+                output = self.shadow.forward(*args, **kwargs)
+            if draws.have_happened():
+                raise RuntimeError("forward draws random numbers in a way that cannot be followed")
+        finally:
+            draws.undo()
         self.add(OUTPUT, output)
-        self.hidden_draws = draws if draws.have_happened() else None
 
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """A symbol for each argument of forward that has no default."""
@@ -101,6 +105,8 @@ class Trial(Recorder):
         return self._written.get(id(value), (None, None))[1]
 
     def call_layer(self, part: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        if len(self.operations) > _MOST_OPERATIONS:
+            raise RuntimeError("forward does not come to an end")
         return self._result_of(type(part).__name__, args, kwargs, part)
 
     def respond(self, name: str, args: Any, kwargs: Any) -> Any:
@@ -164,19 +170,13 @@ class Trial(Recorder):
 
             return call
 
-        def drawn(name: str) -> Callable[..., Any]:
-            def draw(*args: Any, **kwargs: Any) -> Any:
-                if name in _PICKS:
-                    raise TypeError(f"forward picks at random, with {name}")
-                return self.respond(name, (), {})
+        def drawn(name: str) -> Any:
+            if name in _PICKS:
+                raise TypeError(f"forward picks at random, with {name}")
+            return self.respond(name, (), {})
 
-            return draw
-
-        with ExitStack() as stack:
-            stack.enter_context(
-                in_this_thread({(torch, name): lenient(getattr(torch, name)) for name in _STRICT_FUNCTIONS})
-            )
-            stack.enter_context(in_this_thread({(owner, name): drawn(name) for owner, name in global_draws()}))
+        strict = {(torch, name): lenient(getattr(torch, name)) for name in _STRICT_FUNCTIONS}
+        with in_this_thread(strict), draws_answered_by(drawn):
             yield
 
 
@@ -184,9 +184,12 @@ def _without_data(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
+_OURS = (__name__, symbol_file.__name__, recorder_file.__name__)
+
+
 def _place_in_forward() -> Hashable:
     """Where, in the code that is not ours, a symbol is being asked."""
     frame: Any = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, symbol_file.__name__):
+    while frame.f_back is not None and frame.f_globals.get("__name__") in _OURS:
         frame = frame.f_back
     return frame.f_code, frame.f_lasti

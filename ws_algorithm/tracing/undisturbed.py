@@ -10,12 +10,14 @@ import random
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 
 # One trial at a time: what is replaced for a moment is shared by all threads
 _TRIAL = threading.RLock()
@@ -30,21 +32,24 @@ class SideEffect(RuntimeError):
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed(module: nn.Module) -> Iterator[None]:
     """Where a forward can be tried: it writes no file, and draws the same random numbers in every process.
 
     For this thread alone, Python's and NumPy's global generators are replaced by private ones and seeding torch does
-    nothing; what would write, rename or remove a file, or start a process or a thread, raises :class:`SideEffect`.
-    Other threads run and draw as they would.
+    nothing, nor do printing and warning; what would write, rename or remove a file, or start a process or a thread,
+    raises :class:`SideEffect`. Other threads run and draw as they would.
+
+    Args:
+        module: The model whose forward is tried.
     """
-    with _TRIAL, _settings_kept(), _no_files_written(), _private_draws(), torch.no_grad():
+    with _TRIAL, _settings_kept(), _no_files_written(), _private_draws(module), _silence(), torch.no_grad():
         yield
 
 
 @contextmanager
 def in_this_thread(replacements: Mapping[tuple[Any, str], Function]) -> Iterator[None]:
     """Replace functions, given by owner and name, for calls from this thread; others reach what was there."""
-    thread = threading.get_ident()
+    thread: int | None = threading.get_ident()
 
     def divided(original: Function, replacement: Function) -> Function:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -56,47 +61,82 @@ def in_this_thread(replacements: Mapping[tuple[Any, str], Function]) -> Iterator
     with ExitStack() as stack:
         for (owner, name), replacement in replacements.items():
             stack.enter_context(mock.patch.object(owner, name, divided(getattr(owner, name), replacement)))
-        yield
-
-
-def global_draws() -> dict[tuple[Any, str], type]:
-    """The functions of ``random`` and ``numpy.random`` that use a global generator, and the class of that."""
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    sources = [(random, random.Random)] + ([(numpy_random, numpy_random.RandomState)] if numpy_random else [])
-    return {(owner, name): kind for owner, kind in sources for name in owner.__all__ if hasattr(kind, name)}
+        try:
+            yield
+        finally:
+            thread = None  # a module that forward imports may keep what it found here
 
 
 @contextmanager
-def _private_draws() -> Iterator[None]:
-    draws = global_draws()
-    private = {kind: kind(0) for kind in set(draws.values())}
-    replacements: dict[tuple[Any, str], Function] = {
-        (owner, name): getattr(private[kind], name) for (owner, name), kind in draws.items()
-    }
-    for owner, name in (
-        (torch, "manual_seed"),
-        (torch, "seed"),
-        (torch, "set_rng_state"),
-        (torch.random, "manual_seed"),
-    ):
-        replacements[owner, name] = lambda *args, **kwargs: torch.default_generator
-    for name in ("manual_seed", "manual_seed_all", "set_rng_state"):
-        replacements[torch.cuda, name] = lambda *args, **kwargs: None
-    with in_this_thread(replacements):
+def draws_answered_by(answer: Callable[[str], Any]) -> Iterator[None]:
+    """Let `answer`, given the name of a method, stand for what Python's and NumPy's global generators return."""
+    global _answer
+    before, _answer = _answer, answer
+    try:
         yield
+    finally:
+        _answer = before
+
+
+_answer: Callable[[str], Any] | None = None  # of the one trial at a time
+_redirections: dict[int, Function] = {}
+
+
+def redirections() -> dict[int, Function]:
+    """By identity: for each function that draws from a global generator, what to call instead on trial."""
+    return _redirections
+
+
+@contextmanager
+def _private_draws(module: nn.Module) -> Iterator[None]:
+    methods = _methods_of_generators()
+    replacements: dict[tuple[Any, str], Function] = {}
+    for owner in (random, getattr(sys.modules.get("numpy"), "random", None), *_python_modules_of(module)):
+        for name, value in list(vars(owner).items()) if owner else ():
+            private = methods.get(id(getattr(value, "__self__", None)))
+            if private is not None and callable(value):
+                replacements[owner, name] = _drawing(private, value.__name__)
+                _redirections[id(value)] = replacements[owner, name]
+    for owner in (torch, torch.random, torch.cuda, torch.cuda.random):
+        for name in "manual_seed manual_seed_all seed seed_all set_rng_state set_rng_state_all".split():
+            if hasattr(owner, name):
+                replacements[owner, name] = lambda *args, **kwargs: torch.default_generator
+    try:
+        with in_this_thread(replacements):
+            yield
+    finally:
+        _redirections.clear()
+
+
+def _methods_of_generators() -> dict[int, Any]:
+    """By the identity of each global generator: a private one of its kind, with a fixed seed."""
+    return {id(generator): type(generator)(0) for generator in global_generators() if is_generator(generator)}
+
+
+def _drawing(private: Any, method: str) -> Function:
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        return _answer(method) if _answer is not None else getattr(private, method)(*args, **kwargs)
+
+    return draw
+
+
+def _python_modules_of(module: nn.Module) -> list[Any]:
+    """Those in which the classes of a model are defined: they may have imported functions that draw."""
+    names = {cls.__module__ for part in module.modules() for cls in type(part).__mro__}
+    return [sys.modules[name] for name in sorted(names) if name in sys.modules and not name.startswith("torch.")]
 
 
 class HiddenDraws:
     """Draws that cannot be seen while they happen: from generators of a model's own, or through names of its own.
 
-    From the global generators other threads may draw too.
+    From the global generators other threads may draw too, so they are looked at in a process with one thread alone.
 
     Args:
         own: Generators of Python or NumPy beside the global ones.
     """
 
     def __init__(self, own: Iterable[Any] = ()) -> None:
-        self._generators = [*global_generators(), *own]
+        self._generators = [*own, *(global_generators() if threading.active_count() == 1 else ())]
         self._states = [_state_of(generator) for generator in self._generators]
 
     def have_happened(self) -> bool:
@@ -116,8 +156,7 @@ def _settings_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(dtype)
-        if threading.active_count() == 1:
-            draws.undo()
+        draws.undo()
 
 
 def global_generators() -> list[Any]:
@@ -143,13 +182,21 @@ def _state_of(generator: Any) -> Any:
 
 def _set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator):
-        generator.set_state(torch.tensor(state, dtype=torch.uint8))
+        generator.set_state(torch.tensor(state, dtype=torch.uint8, device="cpu"))
     elif isinstance(generator, random.Random):
         generator.setstate(state)
     elif hasattr(generator, "bit_generator"):
         generator.bit_generator.state = state
     else:
         generator.set_state(state)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What a forward prints and warns of is for those who run it."""
+    quiet = {(builtins, "print"), (warnings, "warn"), (warnings, "warn_explicit")}
+    with in_this_thread({place: lambda *args, **kwargs: None for place in quiet}):
+        yield
 
 
 @contextmanager
@@ -188,8 +235,8 @@ def _always(*args: Any, **kwargs: Any) -> bool:
 
 def _is_importing() -> bool:
     """Whether a module is being imported, which must run to its end: half a module would stay."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") != "ws_algorithm.tracing.recorder":
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
         frame = frame.f_back

@@ -1,0 +1,147 @@
+"""A class that is named after a norm is a norm only if nothing else comes first."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from looked_at import model_of, norms
+from timm.layers import EvoNorm2dS0, FilterResponseNormTlu2d, GroupNormAct, LayerNorm2d, RmsNorm2d
+from torch import Tensor, nn
+
+from ws_algorithm import inspect_convolutions
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 2)
+        self.gain = nn.Parameter(torch.ones(2, 2, 1, 1))
+
+
+class ReLUBatchNorm(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.relu(x))
+
+
+class GatedGroupNorm(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x * torch.sigmoid(x))
+
+
+class ConvGroupNorm(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.conv2d(x, self.gain))
+
+
+class MaybeBatchNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class BatchNorm2d(Holder):
+    """Has the name of a norm to the letter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.max_pool2d(x, 2))
+
+
+class AfterReLU(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.relu(input))
+
+
+class AfterPadding(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (1, 1)))
+
+
+class WrappedGroupNorm(Holder):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [ReLUBatchNorm, GatedGroupNorm, ConvGroupNorm, MaybeBatchNorm, BatchNorm2d, lambda: AfterReLU(2)],
+)
+def test_something_else_comes_first(build):
+    (record,) = inspect_convolutions(nn.Sequential(nn.Conv2d(2, 2, 3), build()), layers="normalized")
+
+    assert record.normalized_by is None and not record.standardized
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: AfterPadding(2),
+        WrappedGroupNorm,
+        lambda: torchvision.ops.FrozenBatchNorm2d(2),
+        lambda: GroupNormAct(2, num_groups=1),
+        lambda: LayerNorm2d(2),
+        lambda: RmsNorm2d(2),
+        lambda: EvoNorm2dS0(2, groups=1),
+        lambda: FilterResponseNormTlu2d(2),
+    ],
+)
+def test_the_norm_comes_first(build):
+    (record,) = inspect_convolutions(nn.Sequential(nn.Conv2d(2, 2, 3), build()), layers="normalized")
+
+    assert record.normalized_by is not None and record.standardized
+
+
+@pytest.mark.parametrize("limit", [16, 3.5**2])
+def test_a_branch_on_a_number_is_seen(limit):
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        if int(x.shape[-1]) >= limit:
+            y = F.relu(y)
+        return m.n(y)
+
+    assert norms(model_of(run))["a"] is None
+
+
+def test_a_mask_is_no_place():
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y[y < 0] = 0
+        return m.n(y)
+
+    assert norms(model_of(run))["a"] is None
+
+
+def test_a_model_of_fx():
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)))
+
+    assert norms(model) == {"0": "1"}
+
+
+def test_what_a_script_does_is_not_known():
+    script = torch.jit.script(nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()))
+    (record,) = inspect_convolutions(nn.Sequential(nn.Conv2d(2, 2, 3), script), layers="normalized")
+
+    assert "not known" in record.reason
+
+
+def test_a_long_chain_of_additions_takes_no_time():
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.norm = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(600)), nn.BatchNorm2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(x)
+            return self.norm(x)
+
+    assert set(norms(Chain()).values()) == {"norm"}
+
+
+def test_alternatives_have_no_order(caplog):
+    from ws_algorithm import apply_weight_standardization
+
+    model = model_of(lambda m, x: m.b(m.a(x)) if x.shape[2] > 100 else m.c(m.a(x)))
+    apply_weight_standardization(model, 1)
+
+    assert any("in the place of others" in record.getMessage() for record in caplog.records)
