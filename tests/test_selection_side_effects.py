@@ -99,7 +99,7 @@ def test_keyboard_interrupt_is_not_swallowed():
         choose(model, 1)
 
     assert everything(model) == before
-    assert left_out(defined_in_reverse(), 1) == ["head"]  # and torch.fx has been left in order
+    assert left_out(defined_in_reverse(), 1) == ["head"]  # and all is in order
 
 
 class RandomDepth(nn.Module):

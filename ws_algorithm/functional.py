@@ -57,8 +57,8 @@ def apply_weight_standardization(
         exclude: The same; convolutions that one of them matches are left alone. Default: ``None``.
         predicate: Called with the qualified name and the module of each convolution that all other rules admit; those
             for which it is false are left alone. Default: ``None``.
-        example_input: What to observe a copy of the model with, if its forward cannot be traced: a tuple of positional
-            arguments, or the only argument. Default: ``None``.
+        example_input: What to run and observe a copy of the model with, where its forward cannot be traced or depends
+            on optional arguments: a tuple of positional arguments, or the only argument. Default: ``None``.
         formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``) or a
             :class:`~ws_algorithm.formula.Formula`. A published checkpoint needs the formula that it was trained with.
             Default: ``"composer"``.
@@ -68,8 +68,8 @@ def apply_weight_standardization(
 
     Raises:
         ValueError: If an argument is not of the kind described, a pattern matches no convolution, or a convolution that
-            is to be standardized is lazy, pruned, quantized, prepared for quantization-aware training, or under
-            ``weight_norm`` or ``spectral_norm``. Nothing has been changed then.
+            is to be standardized is lazy, pruned, of whole numbers, prepared for quantization-aware training, or under
+            ``weight_norm``, ``spectral_norm`` or ``orthogonal``. Nothing has been changed then.
 
     Source: https://arxiv.org/abs/1903.10520.
 

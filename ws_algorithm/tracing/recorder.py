@@ -29,7 +29,7 @@ class Operation:
             read outside of it.
         layer: The layer that was called, or whose weight was read; ``None`` for a function.
         inputs: The positions of the operations whose results it takes.
-        first: That of its first argument, if an operation made it.
+        first: That of the first tensor that it is given, if an operation made it.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Recorder(TorchFunctionMode):
         before = len(self.operations)
         result = forward(*args, **kwargs)
         if is_convolution(part) and not self._weight_is_used(part, before):
-            self.add(type(part).__name__, args, kwargs, part)  # it runs, somehow, and nothing is known to follow
+            self.add(type(part).__name__, args, kwargs, part)  # it runs, in a way that is not seen
         return result
 
     def _weight_is_used(self, conv: nn.Module, since: int) -> bool:
