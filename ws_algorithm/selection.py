@@ -124,8 +124,8 @@ def select_convolutions(module: nn.Module, rules: Rules, example_input: Any = No
     Args:
         module: Any model; it is not changed.
         rules: What the user says.
-        example_input: What forward is observed with: a tuple of positional arguments, or the only argument. If ``None``,
-            it is traced.
+        example_input: What forward is observed with: a tuple of positional arguments, or the only argument. ``None``
+            lets it be traced.
 
     Raises:
         ValueError: If `module` is not a module, a pattern matches no convolution, or forward does not accept the

@@ -57,8 +57,8 @@ class Execution:
 def execution_of(module: nn.Module, example_input: Any = None) -> Execution:
     """Find out how a model uses its convolutions, without changing it.
 
-    Its forward is run with the example input, if one is given, and otherwise with symbols. If that fails, its children are
-    tried, and their children.
+    Its forward is run with the example input, if one is given, and otherwise with symbols. If that fails, its children
+    are tried, and their children.
 
     Raises:
         ValueError: If forward does not accept the example input.
