@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -23,6 +22,8 @@ from ws_algorithm.selection import Rules, Selection, select_convolutions
 
 # Those that a command line or a recipe can give
 RULES = tuple(field.name for field in fields(Rules) if field.name != "predicate")
+
+_MOST_NAMES = 12
 
 _HEADER = ("", "convolution", "type", "weight", "fan-in", "normalized by", "WS", "why")
 
@@ -100,10 +101,17 @@ def _table(source: str, selection: Selection, records: list[ConvolutionRecord], 
 
 def _summary_line(selection: Selection, records: list[ConvolutionRecord]) -> str:
     standardized = sum(record.standardized for record in records)
-    left = Counter(record.reason for record in records if not record.standardized)
-    reasons = "; ".join(f"{count} ({reason})" for reason, count in left.items()) or "none"
+    left: dict[str, list[str]] = {}
+    for record in records:
+        if not record.standardized:
+            left.setdefault(record.reason, []).append(record.name or "(the model itself)")
+    reasons = "; ".join(f"{_some_of(names)} ({reason})" for reason, names in left.items()) or "none"
     of_all = f"{standardized} of {len(records)} convolutions standardized"
     return f"{of_all} with {_rules_text(selection)}; left alone: {reasons}."
+
+
+def _some_of(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} convolutions"
 
 
 def _rules_text(selection: Selection) -> str:
