@@ -2,7 +2,10 @@
 
 import pytest
 import torchvision
-from timm.layers import EvoNorm2dS0, FilterResponseNormTlu2d, GroupNormAct, LayerNorm2d, RmsNorm2d
+from timm.layers.evo_norm import EvoNorm2dS0
+from timm.layers.filter_response_norm import FilterResponseNormTlu2d
+from timm.layers.norm import LayerNorm2d, RmsNorm2d
+from timm.layers.norm_act import GroupNormAct
 from torch import nn
 
 from ws_algorithm import inspect_convolutions
