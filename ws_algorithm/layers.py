@@ -106,11 +106,13 @@ def is_normalization(layer: nn.Module) -> bool:
     or a class of the user's that derives from one and has a forward of its own, is judged by its forward instead.
     """
     if isinstance(layer, _NORMALIZATIONS):
-        return (getattr(layer.forward, "__module__", None) or "").partition(".")[0] in _KNOWN_PACKAGES
-    if not any(_NORMALIZATION_NAME.fullmatch(cls.__name__) for cls in type(layer).__mro__):
+        return _home_of(layer.forward).partition(".")[0] in _KNOWN_PACKAGES
+    if isinstance(layer, nn.Identity) or not any(
+        _NORMALIZATION_NAME.fullmatch(cls.__name__) for cls in type(layer).__mro__
+    ):
         return False
-    of_its_own = (*CONVOLUTIONS, nn.Linear, nn.modules.conv._ConvTransposeNd, *_NORMALIZATIONS)
-    return not any(isinstance(part, of_its_own) for part in layer.modules())
+    known = _home_of(layer.forward).partition(".")[0] in _KNOWN_PACKAGES
+    return known and not any(map(is_normalization, layer.children())) or next(layer.children(), None) is None
 
 
 def is_transparent(layer: nn.Module) -> bool:
@@ -126,7 +128,8 @@ def is_elementary(layer: nn.Module) -> bool:
     A convolution whose class has a forward of its own may do more than convolve.
     """
     if is_convolution(layer):
-        return _is_of_torch(layer.forward) or own_standardization(layer) is not None
+        written_by_torch = _is_of_torch(layer.forward) and _is_of_torch(layer._conv_forward)
+        return written_by_torch or own_standardization(layer) is not None
     if is_normalization(layer) or is_transparent(layer) or isinstance(layer, torch.jit.ScriptModule):
         return True
     if isinstance(layer, (nn.Sequential, nn.ModuleList, nn.ModuleDict, parametrize.ParametrizationList)):
@@ -137,7 +140,13 @@ def is_elementary(layer: nn.Module) -> bool:
 
 def _is_of_torch(forward: Any) -> bool:
     """Whether a method was written in ``torch.nn``."""
-    return (getattr(forward, "__module__", None) or "").split(".")[:2] == ["torch", "nn"]
+    return _home_of(forward).split(".")[:2] == ["torch", "nn"]
+
+
+def _home_of(method: Any) -> str:
+    """The Python module in which a method was written; its ``__module__`` may be copied from another."""
+    function = getattr(method, "__func__", method)
+    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def is_standardizer(parametrization: nn.Module) -> bool:

@@ -94,6 +94,71 @@ def test_a_branch_on_a_number_is_seen(limit):
     assert norms(model_of(run))["a"] is None
 
 
+class ReLUInside(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight, bias).relu()
+
+
+def tied(m: Any, x: Tensor) -> Tensor:
+    return F.conv_transpose2d(m.n(m.a(x)), m.a.weight, padding=1)
+
+
+def weighted(m: Any, x: Tensor) -> Tensor:
+    return m.n(m.a(x)) + x * m.a.weight.mean()
+
+
+def alias_of_a_sum(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    shortcut = nn.Identity()(y)
+    return m.n(shortcut + m.b(m.relu(y)))  # in place: the shortcut too
+
+
+def view_of_what_changes(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    z = y.flatten(2)
+    y.relu_()
+    return m.n(z.unflatten(2, (4, 4)))
+
+
+def copied_over(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y.copy_(y.relu())
+    return m.n(y)
+
+
+def coin(p: float) -> bool:
+    return bool(torch.rand(()) < p)
+
+
+def two_coins(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x) if coin(0.5) else x
+    return m.n(y) if coin(0.5) else y
+
+
+@pytest.mark.parametrize("run", [tied, weighted, alias_of_a_sum, view_of_what_changes, copied_over, two_coins])
+def test_a_convolution_that_has_another_use(run):
+    assert norms(model_of(run))["a"] is None
+
+
+def test_a_convolution_with_more_inside():
+    (record,) = inspect_convolutions(nn.Sequential(ReLUInside(2, 2, 3), nn.BatchNorm2d(2)), layers="normalized")
+
+    assert not record.standardized
+
+
+def test_parts_of_a_split_are_as_many_as_they_are():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.norm = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(3)), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = zip(self.layers, x.split([2, 2, 2], 1), strict=True)
+            return self.norm(torch.cat([layer(part) for layer, part in parts], 1))
+
+    assert norms(Mixed()) == {"layers.0": "norm", "layers.1": "norm", "layers.2": "norm"}
+
+
 def test_a_mask_is_no_place():
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)

@@ -1,9 +1,13 @@
 """What happens around a model that is looked at: other threads, random states, imports, files, the default device."""
 
+import gc
+import os
 import random
+import signal
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +167,65 @@ def test_registration_that_fails_half_way_is_undone():
 
     assert list(model.state_dict()) == keys
     assert [type(layer) for layer in model.modules()] == classes
+
+
+class Collected:
+    """Part of a cycle, with a finalizer that removes a folder, as a ``TemporaryDirectory`` has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.itself = self
+        weakref.finalize(self, os.rmdir, folder)
+
+
+def test_finalizers_run_as_they_would(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def collects(m: Any, x: Tensor) -> Tensor:
+        gc.collect()
+        return m.n(m.a(x))
+
+    model = model_of(collects)
+    gc.disable()
+    try:
+        Collected(folder)
+        assert norms(model) == {"a": "n"}
+    finally:
+        gc.enable()
+    assert not folder.exists()
+
+
+def test_a_handler_of_a_signal_writes_its_file_and_is_heard(tmp_path):
+    class Preempted(Exception):
+        pass
+
+    def handler(*_: Any) -> None:
+        (tmp_path / "checkpoint").write_text("saved")
+        raise Preempted
+
+    def takes_a_signal(m: Any, x: Tensor) -> Tensor:
+        signal.raise_signal(signal.SIGUSR1)
+        return m.n(m.a(x))
+
+    model = model_of(takes_a_signal)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(Preempted):
+            inspect_convolutions(model)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (tmp_path / "checkpoint").read_text() == "saved"
+
+
+@pytest.mark.parametrize("example", [None, torch.ones(1, 2, 4, 4)], ids=["symbols", "input"])
+def test_nothing_keeps_the_model_alive(example):
+    model = model_of(lambda m, x: m.n(m.a(x)))
+    kept = weakref.ref(model.a)
+    gc.collect()
+    gc.disable()
+    try:
+        inspect_convolutions(model, example_input=example)
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()

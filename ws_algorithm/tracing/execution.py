@@ -84,6 +84,8 @@ class _Part:
 
     def verdict_on(self, conv: nn.Module, *, more_may_follow: bool) -> Place:
         """Whether a norm follows a convolution, in all ways in which it is used."""
+        if any(conv in way.weights_used_otherwise for way in self.ways):
+            return Place("traced", undecided=True)
         followers = [way.followers_of(conv) for way in self.ways if conv in way.calls]
         if all(follower.norm is not None for uses in followers for follower in uses):
             return Place("traced", norm=followers[0][0].norm)

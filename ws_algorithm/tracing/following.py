@@ -50,6 +50,7 @@ class Reading:
             if conv is not None:
                 self.calls[conv] = [*self.calls.pop(conv, []), position]
         self._followers = self._find_followers()
+        self.weights_used_otherwise = self._find_other_uses()
 
     def followers_of(self, conv: nn.Module) -> list[Follower]:
         """What follows each use of a convolution."""
@@ -85,6 +86,12 @@ class Reading:
         if operation.layer is not None and None in owners:
             return None
         return next(filter(None, owners), None)
+
+    def _find_other_uses(self) -> set[nn.Module]:
+        """Convolutions from whose weights something else is computed than the weight of a convolution."""
+        ends = (position for position, owner in enumerate(self._weight_of) if owner and not self._users[position])
+        reaching_output = (source for operation in self._run if operation.name == OUTPUT for source in operation.inputs)
+        return {owner for position in (*ends, *reaching_output) if (owner := self._weight_of[position]) is not None}
 
     def _find_followers(self) -> list[Follower]:
         """For each operation, the first norm that its result reaches through others that only move or add it."""
@@ -123,6 +130,8 @@ def _lets_through(operation: Operation, source: int) -> bool:
     plain = operation.name
     if plain.endswith("_") and not plain.endswith("__"):  # the same in place
         plain = plain.removesuffix("_")
+    if operation.name == "copy_":  # over what was there
+        return operation.first != source
     if plain in FIRST_ARGUMENT_FUNCTIONS:
         return operation.first == source
     return plain in TRANSPARENT_FUNCTIONS

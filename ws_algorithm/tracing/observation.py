@@ -54,9 +54,13 @@ class _Observation(Recorder):
     def go(self, args: tuple[Any, ...]) -> None:
         args = tree_map(_cloned, args)
         self._note(args, self.add(INPUT, ()))
-        with self, _repeatable_draws():
-            output = self.shadow.forward(*args)
-        self.add(OUTPUT, output)
+        try:
+            with self, _repeatable_draws():
+                output = self.shadow.forward(*args)
+            self.add(OUTPUT, output)
+        finally:
+            self._sharing.clear()
+            self.release()
 
     def call_layer(self, part: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         if self._inside_layer:

@@ -69,6 +69,15 @@ class Recorder(TorchFunctionMode):
                 self.forward = forward
             vars(part)["forward"] = vars(part)["_compiled_call_impl"] = functools.partial(self._called, part, forward)
 
+    def release(self) -> None:
+        """Let go of the copy, whose layers refer to this."""
+        for part in self._originals:
+            vars(part).pop("forward", None)
+            vars(part).pop("_compiled_call_impl", None)
+        self._originals, self._elementary = {}, set()
+        self.forward = lambda *args, **kwargs: None
+        self.shadow = nn.Module()
+
     def respond(self, name: str, args: Any, kwargs: Any) -> Any:
         """Answer a function of torch that was called with what is followed."""
         raise NotImplementedError
@@ -134,13 +143,13 @@ def changed_in_place(name: str, args: Any, kwargs: Any, part: nn.Module | None =
     if kwargs.get("out") is not None:
         return kwargs["out"]
     named_so = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
-    if named_so or _IN_PLACE_OPERATOR.fullmatch(name) or kwargs.get("inplace") is True or _has_flag(part):
+    if named_so or _IN_PLACE_OPERATOR.fullmatch(name) or kwargs.get("inplace") in (True, 1) or _has_flag(part):
         return args[0] if args else None
     return None
 
 
 def _has_flag(part: nn.Module | None) -> bool:
-    return getattr(part, "inplace", False) is True
+    return getattr(part, "inplace", False) in (True, 1)
 
 
 def _weights_of(conv: nn.Module) -> Iterator[Tensor]:

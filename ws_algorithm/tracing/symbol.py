@@ -21,6 +21,8 @@ class Respondent(Protocol):
 
     def give_a_number(self) -> int: ...
 
+    def new_memory(self) -> list[Symbol]: ...
+
     def respond(self, name: str, args: Any, kwargs: Any) -> Any: ...
 
 
@@ -34,27 +36,29 @@ class Symbol(Tensor):
     Attributes:
         trial: The run that it belongs to.
         position: The operation that made its present value.
-        base: The symbol of which it is a view.
+        sharing: All symbols that share its memory, itself included.
+        length: How many items it has, if that is known.
         attribute: Of whom it is an attribute, and which; then it may turn out to be a method.
     """
 
     trial: Respondent
     position: int
-    base: Symbol | None
+    sharing: list[Symbol]
+    length: int | None
     attribute: tuple[Symbol, str] | None
 
     @staticmethod
-    def of(trial: Respondent, position: int, base: Symbol | None = None) -> Symbol:
+    def of(trial: Respondent, position: int, alias_of: Symbol | None = None, length: int | None = None) -> Symbol:
         symbol: Any = Tensor._make_subclass(Symbol, _NOTHING)
-        symbol.__dict__.update(trial=trial, position=position, base=base, attribute=None)
+        sharing = trial.new_memory() if alias_of is None else alias_of.sharing
+        symbol.__dict__.update(trial=trial, position=position, sharing=sharing, length=length, attribute=None)
+        sharing.append(symbol)
         return symbol
 
     def changed_by(self, position: int) -> None:
-        """It has been changed in place, and so has what it is a view of."""
-        symbol: Symbol | None = self
-        while symbol is not None:
+        """It has been changed in place, and with it what shares its memory."""
+        for symbol in self.sharing:
             symbol.position = position
-            symbol = symbol.base
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,7 +69,7 @@ class Symbol(Tensor):
         return self.trial.decide()
 
     def __len__(self) -> int:
-        return self.trial.give_a_number()
+        return self.trial.give_a_number() if self.length is None else self.length
 
     def __int__(self) -> int:
         return self.trial.give_a_number()
@@ -79,7 +83,7 @@ class Symbol(Tensor):
     def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
         count = _unpacked_at(frame.f_code, frame.f_lasti)
-        return (self[index] for index in range(self.trial.give_a_number() if count is None else count))
+        return (self[index] for index in range(len(self) if count is None else count))
 
     def __round__(self, digits: int = 0) -> Any:
         return self.trial.respond("round", (self,), {})

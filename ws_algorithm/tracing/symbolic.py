@@ -16,7 +16,7 @@ from ws_algorithm.tracing.recorder import Run
 from ws_algorithm.tracing.trial import Answers, Trial
 
 # What a forward is told that asks a symbol for a number or a length; what it does should not depend on it
-_NUMBERS = (4, 7, 1, 224)
+_NUMBERS = (4, 7, 1, 3, 1024)
 # A forward with more conditions is not tried in all its ways
 _MOST_CONDITIONS = 32
 

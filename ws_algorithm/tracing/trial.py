@@ -13,11 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ws_algorithm.layers import is_transparent
 from ws_algorithm.tracing import recorder as recorder_file
 from ws_algorithm.tracing import symbol as symbol_file
 from ws_algorithm.tracing.recorder import INPUT, OUTPUT, Recorder, changed_in_place
 from ws_algorithm.tracing.symbol import Symbol, name_of
-from ws_algorithm.tracing.undisturbed import HiddenDraws, draws_answered_by, in_this_thread, is_generator
+from ws_algorithm.tracing.undisturbed import (
+    FromOutside,
+    HiddenDraws,
+    draws_answered_by,
+    in_this_thread,
+    is_from_outside,
+    is_generator,
+)
 
 Answers = Mapping[Hashable, bool]
 
@@ -44,7 +52,8 @@ _KNOWN_ATTRIBUTES = {"device": torch.device("cpu"), "dtype": torch.float32}
 _VIEWS = frozenset(
     "view view_as reshape reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T "
     "mT H mH adjoint squeeze unsqueeze expand expand_as narrow select __getitem__ chunk split split_with_sizes "
-    "tensor_split unbind detach data contiguous alias to".split()
+    "tensor_split unbind detach data contiguous alias to type float half bfloat16 double cpu cuda real imag diagonal "
+    "unfold as_strided view_as_real view_as_complex".split()
 )
 
 
@@ -69,10 +78,23 @@ class Trial(Recorder):
         self.answers = dict(answers)
         self.gave_a_number = False
         self._number = number
+        self._memories: list[list[Symbol]] = []
         self._rounds: Counter[Hashable] = Counter()
-        self._written: dict[int, tuple[Tensor, int]] = {}  # tensors of forward's own that hold what was computed
+        self._written: dict[int, tuple[Tensor, Symbol]] = {}  # tensors of forward's own that hold what was computed
 
     def go(self) -> None:
+        try:
+            self._go()
+        except Exception as error:
+            if is_from_outside(error):
+                raise FromOutside from error
+            raise
+        finally:
+            self.release()
+            for symbols in self._memories:
+                symbols.clear()
+
+    def _go(self) -> None:
         args, kwargs = self._arguments()
         attributes = [value for part in self.shadow.modules() for value in vars(part).values()]
         draws = HiddenDraws(filter(is_generator, attributes))
@@ -100,13 +122,15 @@ class Trial(Recorder):
         return args, kwargs
 
     def position_of(self, value: Any) -> int | None:
+        symbol = self._symbol_of(value)
+        return None if symbol is None else symbol.position
+
+    def _symbol_of(self, value: Any) -> Symbol | None:
         if isinstance(value, Symbol):
-            return value.position
+            return value
         return self._written.get(id(value), (None, None))[1]
 
     def call_layer(self, part: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        if len(self.operations) > _MOST_OPERATIONS:
-            raise RuntimeError("forward does not come to an end")
         return self._result_of(type(part).__name__, args, kwargs, part)
 
     def respond(self, name: str, args: Any, kwargs: Any) -> Any:
@@ -139,14 +163,18 @@ class Trial(Recorder):
 
     def _result_of(self, name: str, args: Any, kwargs: Any, part: nn.Module | None = None) -> Any:
         """Write an operation down; one that works in place changes what an argument stands for."""
+        if len(self.operations) > _MOST_OPERATIONS:
+            raise RuntimeError("forward does not come to an end")
         position = self.add(name, args, kwargs, part)
         changed = changed_in_place(name, args, kwargs, part)
-        if isinstance(changed, Symbol):
-            changed.changed_by(position)
-        elif isinstance(changed, Tensor):
-            self._written[id(changed)] = (changed, position)
-        first = args[0] if args else None
-        return Symbol.of(self, position, first if name in _VIEWS and isinstance(first, Symbol) else None)
+        if isinstance(changed, Tensor) and self._symbol_of(changed) is None:
+            self._written[id(changed)] = (changed, Symbol.of(self, position))
+        whole = self._symbol_of(changed)
+        if whole is not None:
+            whole.changed_by(position)
+        elif name in _VIEWS or (part is not None and is_transparent(part)):
+            whole = self._symbol_of(args[0]) if args else None
+        return Symbol.of(self, position, alias_of=whole, length=_length_of(name, args))
 
     def decide(self) -> bool:
         place = _place_in_forward()
@@ -155,6 +183,10 @@ class Trial(Recorder):
         self._rounds[place] += 1
         answer = self.answers.setdefault(place, True)
         return answer if self._rounds[place] <= _MOST_ROUNDS else not answer
+
+    def new_memory(self) -> list[Symbol]:
+        self._memories.append([])
+        return self._memories[-1]
 
     def give_a_number(self) -> int:
         self.gave_a_number = True
@@ -180,6 +212,15 @@ class Trial(Recorder):
             yield
 
 
+def _length_of(name: str, args: Any) -> int | None:
+    """How many items a function returns, where its arguments tell."""
+    if name in ("split", "split_with_sizes", "tensor_split") and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        return len(args[1]) + (name == "tensor_split")
+    if name == "chunk" and len(args) > 1 and isinstance(args[1], int):
+        return args[1]
+    return None
+
+
 def _without_data(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
@@ -192,4 +233,7 @@ def _place_in_forward() -> Hashable:
     frame: Any = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__") in _OURS:
         frame = frame.f_back
-    return frame.f_code, frame.f_lasti
+    caller = frame.f_back  # of a function that several lines of forward call
+    if caller is None or caller.f_globals.get("__name__", "").startswith(("torch.", "ws_algorithm.")):
+        return frame.f_code, frame.f_lasti
+    return frame.f_code, frame.f_lasti, caller.f_code, caller.f_lasti

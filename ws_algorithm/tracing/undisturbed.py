@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import io
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -42,8 +45,12 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     Args:
         module: The model whose forward is tried.
     """
-    with _TRIAL, _settings_kept(), _no_files_written(), _private_draws(module), _silence(), torch.no_grad():
-        yield
+    try:
+        with _TRIAL, _settings_kept(), _no_files_written(), _private_draws(module), _silence(), torch.no_grad():
+            yield
+    except FromOutside as outside:
+        assert outside.__cause__ is not None
+        raise outside.__cause__ from None
 
 
 @contextmanager
@@ -52,6 +59,7 @@ def in_this_thread(replacements: Mapping[tuple[Any, str], Function]) -> Iterator
     thread: int | None = threading.get_ident()
 
     def divided(original: Function, replacement: Function) -> Function:
+        @functools.wraps(original)  # other threads may pickle it, by its name
         def call(*args: Any, **kwargs: Any) -> Any:
             chosen = replacement if threading.get_ident() == thread else original
             return chosen(*args, **kwargs)
@@ -203,7 +211,7 @@ def _silence() -> Iterator[None]:
 def _no_files_written() -> Iterator[None]:
     def guarded(function: Function, writes: Callable[..., bool]) -> Function:
         def guard(*args: Any, **kwargs: Any) -> Any:
-            if writes(*args, **kwargs) and not _is_importing():
+            if writes(*args, **kwargs) and _is_forwards_own():
                 raise SideEffect(f"forward calls {function.__name__}{args!r:.80} while it is only being looked at")
             return function(*args, **kwargs)
 
@@ -233,11 +241,33 @@ def _always(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def _is_importing() -> bool:
-    """Whether a module is being imported, which must run to its end: half a module would stay."""
+def _is_forwards_own() -> bool:
+    """Whether forward is doing this, and not what runs in between: an import, a finalizer, a handler of a signal.
+
+    Half a module would stay imported, a temporary folder on the disk, a checkpoint unwritten.
+    """
+    handlers = _codes_of_signal_handlers()
     frame: Any = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") != "ws_algorithm.tracing.recorder":
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib") or code.co_name == "__del__" or code in handlers:
+            return False
+        if frame.f_globals.get("__name__") == "weakref":
+            return False
         frame = frame.f_back
-    return False
+    return True
+
+
+def _codes_of_signal_handlers() -> set[Any]:
+    handlers = (signal.getsignal(number) for number in signal.valid_signals())
+    return {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers} - {None}
+
+
+class FromOutside(BaseException):
+    """Carries an exception that a handler of a signal has raised past those who expect some from forward."""
+
+
+def is_from_outside(error: BaseException) -> bool:
+    """Whether a handler of a signal has raised an exception."""
+    handlers = _codes_of_signal_handlers()
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
