@@ -21,6 +21,8 @@ class Respondent(Protocol):
 
     def give_a_number(self) -> int: ...
 
+    def give_a_length(self) -> int: ...
+
     def new_memory(self) -> list[Symbol]: ...
 
     def respond(self, name: str, args: Any, kwargs: Any) -> Any: ...
@@ -69,7 +71,7 @@ class Symbol(Tensor):
         return self.trial.decide()
 
     def __len__(self) -> int:
-        return self.trial.give_a_number() if self.length is None else self.length
+        return self.trial.give_a_length() if self.length is None else self.length
 
     def __int__(self) -> int:
         return self.trial.give_a_number()

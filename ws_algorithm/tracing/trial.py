@@ -31,6 +31,8 @@ Answers = Mapping[Hashable, bool]
 
 # After so many equal answers at one place, a loop is told to end
 _MOST_ROUNDS = 256
+# Numbers may be sizes of images, lengths are those of lists
+_LONGEST = 8
 _MOST_OPERATIONS = 200_000
 
 _DRAWS = frozenset(
@@ -191,6 +193,9 @@ class Trial(Recorder):
     def give_a_number(self) -> int:
         self.gave_a_number = True
         return self._number
+
+    def give_a_length(self) -> int:
+        return min(self.give_a_number(), _LONGEST)
 
     @contextmanager
     def _lenient_functions(self) -> Iterator[None]:
