@@ -23,18 +23,17 @@ def summary_of(selection: Selection) -> str:
 
 def cautions_about(selection: Selection) -> Iterator[str]:
     """Sentences, each of which names layers and a remedy; none if all is well."""
-    chosen = [choice for choice in selection.chosen if choice.refused_because is None]
     yield from _order_in_doubt(selection)
     yield from _followed_by_no_norm(selection)
     yield from _undecided(selection)
     yield from _shared_weights(selection)
     yield from _unused(selection)
-    if small := [choice for choice in chosen if raw_weight(choice.module).shape[1:].numel() == 2]:
+    if small := [choice for choice in selection.accepted if raw_weight(choice.module).shape[1:].numel() == 2]:
         yield (
             f"{_listed(small)}: with a fan-in of 2 every standardized weight is 1 or -1, and learning stops. Leave "
             "such convolutions alone with `exclude`."
         )
-    if frozen := [choice for choice in chosen if not raw_weight(choice.module).requires_grad]:
+    if frozen := [choice for choice in selection.accepted if not raw_weight(choice.module).requires_grad]:
         yield (
             f"{_listed(frozen)}: standardized although frozen (requires_grad=False). That is right for weights trained "
             "with Weight Standardization; others compute something else now. Leave those alone with `exclude`."
@@ -98,10 +97,10 @@ def _unused(selection: Selection) -> Iterator[str]:
 
 def _shared_weights(selection: Selection) -> Iterator[str]:
     """A raw weight that a layer uses as it is, beside a convolution that standardizes it."""
-    chosen = {choice.module for choice in selection.chosen if choice.refused_because is None}
-    standardized = chosen | {choice.module for choice in selection.choices if standardizers_of(choice.module)}
+    standardized = {choice.module for choice in selection.choices if standardizers_of(choice.module)}
+    standardized |= {choice.module for choice in selection.accepted}
     parts = {part for conv in standardized for part in conv.modules()}
-    names = {id(raw_weight(choice.module)): choice for choice in selection.choices if choice.module in chosen}
+    names = {id(raw_weight(choice.module)): choice for choice in selection.accepted}
     for name, layer in selection.module.named_modules():
         if layer in parts:
             continue

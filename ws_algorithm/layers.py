@@ -106,20 +106,19 @@ def is_normalization(layer: nn.Module) -> bool:
     or a class of the user's that derives from one and has a forward of its own, is judged by its forward instead.
     """
     if isinstance(layer, _NORMALIZATIONS):
-        return _home_of(layer.forward).partition(".")[0] in _KNOWN_PACKAGES
-    if isinstance(layer, nn.Identity) or not any(
-        _NORMALIZATION_NAME.fullmatch(cls.__name__) for cls in type(layer).__mro__
-    ):
+        return _is_of_a_known_package(layer)
+    names = [cls.__name__ for cls in type(layer).__mro__]
+    if isinstance(layer, nn.Identity) or not any(map(_NORMALIZATION_NAME.fullmatch, names)):
         return False
-    known = _home_of(layer.forward).partition(".")[0] in _KNOWN_PACKAGES
-    return known and not any(map(is_normalization, layer.children())) or next(layer.children(), None) is None
+    children = list(layer.children())
+    return not children or (_is_of_a_known_package(layer) and not any(map(is_normalization, children)))
 
 
 def is_transparent(layer: nn.Module) -> bool:
     """Whether the output of a layer is its input up to place, shape and dropout."""
-    return (isinstance(layer, _TRANSPARENT) and _is_of_torch(layer.forward)) or type(
-        layer
-    ).__name__ in _TRANSPARENT_NAMES
+    if type(layer).__name__ in _TRANSPARENT_NAMES:
+        return True
+    return isinstance(layer, _TRANSPARENT) and _is_of_torch(layer.forward)
 
 
 def is_elementary(layer: nn.Module) -> bool:
@@ -141,6 +140,10 @@ def is_elementary(layer: nn.Module) -> bool:
 def _is_of_torch(forward: Any) -> bool:
     """Whether a method was written in ``torch.nn``."""
     return _home_of(forward).split(".")[:2] == ["torch", "nn"]
+
+
+def _is_of_a_known_package(layer: nn.Module) -> bool:
+    return _home_of(layer.forward).partition(".")[0] in _KNOWN_PACKAGES
 
 
 def _home_of(method: Any) -> str:

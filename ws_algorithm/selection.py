@@ -117,6 +117,11 @@ class Selection:
         """Those that are to be standardized."""
         return [choice for choice in self.choices if choice.skipped_because is None]
 
+    @property
+    def accepted(self) -> list[ConvolutionChoice]:
+        """Those of them that can be."""
+        return [choice for choice in self.chosen if choice.refused_because is None]
+
 
 def select_convolutions(module: nn.Module, rules: Rules, example_input: Any = None) -> Selection:
     """Decide on every ``Conv1d``, ``Conv2d`` and ``Conv3d`` of a model, subclasses and `module` itself included.

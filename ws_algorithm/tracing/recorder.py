@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,11 @@ class Operation:
 Run = Sequence[Operation]
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode, ABC):
     """Lets a copy of a model run and writes down its operations.
 
-    While this mode is on, and only in its thread, functions of torch pass through ``respond`` of a subclass, and layers
-    of the copy through its ``call_layer``. Hooks, those for all modules included, are passed by.
+    While this mode is on, and only in its thread, functions of torch pass through ``called_function`` of a subclass,
+    and layers of the copy through its ``call_layer``. Hooks, those for all modules included, are passed by.
 
     Args:
         module: The model; a copy of it runs, with ``data`` or without.
@@ -78,16 +79,17 @@ class Recorder(TorchFunctionMode):
         self.forward = lambda *args, **kwargs: None
         self.shadow = nn.Module()
 
-    def respond(self, name: str, args: Any, kwargs: Any) -> Any:
-        """Answer a function of torch that was called with what is followed."""
-        raise NotImplementedError
+    @abstractmethod
+    def called_function(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Answer a call of a function of torch, in forward or in a layer that is not elementary."""
 
+    @abstractmethod
     def call_layer(self, part: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        raise NotImplementedError
+        """Answer a call of an elementary layer, whose own `forward` this is."""
 
+    @abstractmethod
     def position_of(self, value: Any) -> int | None:
         """The operation that made a value, if it is one of those that are followed."""
-        raise NotImplementedError
 
     def add(self, name: str, args: Any, kwargs: Any = None, part: nn.Module | None = None) -> int:
         """Write an operation down, with all that it was given, and return its position."""
@@ -133,9 +135,6 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.called_function(func, args, kwargs or {})
-
-    def called_function(self, func: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError
 
 
 def changed_in_place(name: str, args: Any, kwargs: Any, part: nn.Module | None = None) -> Any:
