@@ -115,9 +115,12 @@ def is_normalization(layer: nn.Module) -> bool:
 
 
 def is_transparent(layer: nn.Module) -> bool:
-    """Whether the output of a layer is its input up to place, shape and dropout."""
+    """Whether the output of a layer is its input up to place, shape and dropout.
+
+    A layer that has only the name of one, and parts, is judged by its forward instead.
+    """
     if type(layer).__name__ in _TRANSPARENT_NAMES:
-        return True
+        return next(layer.children(), None) is None
     return isinstance(layer, _TRANSPARENT) and _is_of_torch(layer.forward)
 
 

@@ -140,6 +140,24 @@ def test_a_convolution_that_has_another_use(run):
     assert norms(model_of(run))["a"] is None
 
 
+class DropPath(nn.Module):
+    """Has the name of stochastic depth, and an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+def test_a_layer_with_the_name_of_dropout_and_more_inside():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), DropPath(), nn.BatchNorm2d(2))
+    records = inspect_convolutions(model, layers="normalized")
+
+    assert [record.normalized_by for record in records] == [None]
+
+
 def test_a_convolution_with_more_inside():
     (record,) = inspect_convolutions(nn.Sequential(ReLUInside(2, 2, 3), nn.BatchNorm2d(2)), layers="normalized")
 
