@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ws_algorithm.functional import remove_weight_standardization as remove_weight_standardization
     from ws_algorithm.inspection import ConvolutionRecord as ConvolutionRecord
     from ws_algorithm.inspection import inspect_convolutions as inspect_convolutions
+    from ws_algorithm.once import standardize_once as standardize_once
     from ws_algorithm.parametrization import WeightStandardizer as WeightStandardizer
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _FILE_OF = {
     "ConvolutionRecord": "inspection",
     "inspect_convolutions": "inspection",
     "WeightStandardizer": "parametrization",
+    "standardize_once": "once",
 }
 
 

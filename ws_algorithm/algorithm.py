@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 try:
     from composer.core import Algorithm, Event, State
@@ -23,6 +24,7 @@ from torch import nn
 from ws_algorithm.formula import Formula, resolve_formula
 from ws_algorithm.functional import check_selection, standardize_selection
 from ws_algorithm.layers import standardizers_of
+from ws_algorithm.once import OnceSession, why_not_once
 from ws_algorithm.selection import Layers, Patterns, Rules, Selection, select_convolutions
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,9 @@ class WeightStandardization(Algorithm):
         exclude: The same; convolutions that one of them matches are left alone. Default: ``None``.
         formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``) or a
             :class:`~ws_algorithm.formula.Formula`. Default: ``"composer"``.
+        once_per_step: Whether to standardize once per optimizer step, however many micro-batches it has, and to project
+            the gradients once, before any algorithm reads them; see :func:`~ws_algorithm.once.standardize_once`. Where
+            that would not be exact, autograd does it, and one log line says why. Default: ``True``.
 
     Raises:
         ValueError: If an argument is not of that kind; from the Trainer, if a convolution cannot be standardized, or
@@ -75,19 +80,25 @@ class WeightStandardization(Algorithm):
         include: Patterns | None = None,
         exclude: Patterns | None = None,
         formula: str | Formula = "composer",
+        once_per_step: bool = True,
     ) -> None:
+        if not isinstance(once_per_step, bool):
+            raise ValueError(f"`once_per_step` (={once_per_step!r}) must be True or False.")
         self.rules = Rules(n_last_layers_ignore, layers, include, exclude)
         self._resolved_formula = resolve_formula(formula)
         self.n_last_layers_ignore = self.rules.n_last_layers_ignore
         self.formula = formula
+        self.once_per_step = once_per_step
         self._standardized: dict[str, nn.Module] = {}
         self._is_check_due = False
+        self._step: _Step | None = None
 
     def __repr__(self) -> str:
         rules = self.rules
         return (
             f"{type(self).__name__}(n_last_layers_ignore={rules.n_last_layers_ignore}, layers={rules.layers!r}, "
-            f"include={rules.include!r}, exclude={rules.exclude!r}, formula={self.formula!r})"
+            f"include={rules.include!r}, exclude={rules.exclude!r}, formula={self.formula!r}, "
+            f"once_per_step={self.once_per_step!r})"
         )
 
     @staticmethod
@@ -99,11 +110,14 @@ class WeightStandardization(Algorithm):
             return not _deferred(self, state.algorithms)
         if event == Event.BATCH_START:
             return self._is_check_due
+        if self._step is not None:
+            self._step.follow(event, state)
         return event == Event.FIT_START and bool(self._standardized)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:  # others may still come on this event
             self._is_check_due = True
+            self._step = _Step(state) if self.once_per_step else None
             return
         if event == Event.BATCH_START:
             self._is_check_due = False
@@ -118,6 +132,64 @@ class WeightStandardization(Algorithm):
                 algorithm.apply(Event.INIT, state, logger)
             if isinstance(algorithm, LayerFreezing):
                 log.warning("LayerFreezing freezes layers without parts only, so it never freezes one standardized.")
+
+
+class _Step:
+    """Standardizes once per optimizer step, from the first micro-batch of a batch to the last.
+
+    It follows the events as Composer asks the algorithms which of them match, before it runs the first: whatever the
+    order of the list, gradients are projected before any algorithm reads them.
+
+    Weights are lent from the moment that the Trainer announces a forward until the end of the backward. If an exception
+    ends the batch in between, the next forward, which was not announced, is computed by autograd.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._reason = why_not_once(state.model)
+        self._may_defer = not _perturbs_weights_per_rank(state)
+        self._session: OnceSession | None = None
+        self._hook: Any = None
+        self._is_announced = False
+        if self._reason is not None:
+            log.warning("Weights are standardized in every forward, not once per step: %s.", self._reason)
+        elif not self._may_defer:
+            log.warning(
+                "Gradients are projected in every backward, not once per step: an optimizer with closures (SAM) may "
+                "give each rank other weights."
+            )
+
+    def follow(self, event: Event, state: State) -> None:
+        if event == Event.BEFORE_TRAIN_BATCH and self._reason is None:
+            self._end()  # one that an exception has left, such as running out of memory
+            self._begin(state)
+        elif event == Event.BEFORE_FORWARD:
+            self._is_announced = True
+        elif event == Event.AFTER_BACKWARD and self._session is not None:
+            self._session.is_active = False
+        elif event == Event.AFTER_TRAIN_BATCH:
+            self._end()
+
+    def _begin(self, state: State) -> None:
+        self._session = OnceSession(state.model, self._may_defer)
+        self._session.is_active = False
+        self._session.open()
+        self._hook = state.model.register_forward_pre_hook(self._activate)
+
+    def _activate(self, *_: Any) -> None:
+        assert self._session is not None
+        self._session.is_active, self._is_announced = self._is_announced, False
+
+    def _end(self) -> None:
+        if self._session is not None:
+            self._hook.remove()
+            self._session.close()
+            self._session = None
+
+
+def _perturbs_weights_per_rank(state: State) -> bool:
+    """Whether ranks compute gradients at weights of their own, so that a mean of gradients is not to be projected."""
+    takes_closure = (getattr(optimizer, "_step_supports_amp_closure", False) for optimizer in state.optimizers)
+    return dist.get_world_size() > 1 and any(takes_closure)
 
 
 class _AtTheEnd(Algorithm):

@@ -14,6 +14,7 @@ Source: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,12 +124,95 @@ def standardize_weight(weight: Tensor, formula: str | Formula = "composer") -> T
     """
     formula = resolve_formula(formula)
     check_weight(weight)
+    if _is_one_kernel(weight, formula):
+        return F.layer_norm(weight, weight.shape[1:], eps=formula.eps)
     order = _dims_in_memory_order(weight)
-    rows_shape = [weight.shape[dim] for dim in order]
-    rows = weight.permute(order).flatten(1)  # (O, n): a view whenever the weight is dense
-    precise = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    standardized = _standardize_rows(precise, formula).to(rows.dtype)
-    return standardized.reshape(rows_shape).permute([order.index(dim) for dim in range(weight.ndim)])
+    rows = _rows_of(weight, order)
+    return _shaped_like(weight, order, _standardize_rows(_precise(rows), formula).to(rows.dtype))
+
+
+class Standardized(NamedTuple):
+    """A standardized weight, and the statistics of the raw one by which gradients are projected.
+
+    Args:
+        weight: The standardized weight, of the raw one's shape and layout.
+        mean: The mean of each row, shape ``(out_channels,)``, in float32 or the raw weight's own higher precision.
+        reciprocal_scale: ``1 / s`` of each row, in the same shape and precision.
+    """
+
+    weight: Tensor
+    mean: Tensor
+    reciprocal_scale: Tensor
+
+
+@torch.no_grad()
+def standardize_with_statistics(weight: Tensor, formula: Formula, dtype: torch.dtype) -> Standardized:
+    """The standardized `weight` in `dtype`, with its statistics and without a graph.
+
+    The weight equals :func:`standardize_weight` rounded to `dtype`.
+    """
+    order = _dims_in_memory_order(weight)
+    rows = _precise(_rows_of(weight, order))
+    if _is_layer_norm(formula) and rows.numel() > 0 and not rows.is_complex():
+        standardized, mean, reciprocal_scale = torch.native_layer_norm(rows, rows.shape[1:], None, None, formula.eps)
+    else:
+        mean, reciprocal_scale = _statistics_of(rows, formula)
+        standardized = _standardize_rows(rows, formula)
+    # by way of the weight's own dtype, as autocast would round it
+    standardized = _shaped_like(weight, order, standardized).to(weight.dtype).to(dtype)
+    return Standardized(standardized, mean.flatten(), reciprocal_scale.flatten())
+
+
+@torch.no_grad()
+def project_gradient(gradient: Tensor, weight: Tensor, statistics: Standardized, formula: Formula) -> Tensor:
+    r"""The gradient with respect to the raw weight, from the one with respect to the standardized weight.
+
+    .. math:: \frac{dL}{dW} = \frac{1}{s} (g - \overline{g}) - \frac{c}{m q s^2} \sum g c, \qquad c = W - \mu
+
+    per row, with :math:`m` the divisor of the variance and :math:`q = s` where ``eps`` is inside the root, else the
+    standard deviation. Linear in the gradient, and dependent on nothing else but the raw weight: the projection of a
+    sum is the sum of the projections.
+
+    Args:
+        gradient: With respect to the standardized weight; shape of `weight`.
+        weight: The raw weight.
+        statistics: Of `weight`.
+        formula: That it was standardized by.
+
+    Returns:
+        Shape and layout of `weight`, dtype of `gradient`.
+    """
+    order = _dims_in_memory_order(weight)
+    rows, g = _precise(_rows_of(weight, order)), _precise(_rows_of(gradient, order))
+    rows = rows.to(g.dtype)
+    mean, r = (part.to(g.dtype).unsqueeze(1) for part in statistics[1:])
+    if _is_layer_norm(formula) and rows.numel() > 0 and not rows.is_complex():
+        mask = [True, False, False]
+        projected = torch.ops.aten.native_layer_norm_backward(g, rows, rows.shape[1:], mean, r, None, None, mask)[0]
+    else:
+        projected = _project_rows(g, (rows - mean).mul_(r), r, formula)
+    return _shaped_like(weight, order, projected).to(gradient.dtype)
+
+
+def _project_rows(g: Tensor, standardized: Tensor, r: Tensor, formula: Formula) -> Tensor:
+    """The formula of :func:`project_gradient` in terms of the standardized rows, ``c r``."""
+    n = g.shape[1]
+    divisor = max(n - 1, 1) if formula.unbiased else n
+    deviation = 1 / r if formula.eps_inside_root else 1 / r - formula.eps
+    share = (g * standardized.conj()).sum(1, keepdim=True) / (divisor * deviation * r)
+    share = torch.where(deviation > 0, share, 0)  # a constant row has no direction to lose
+    return r * (g - g.mean(1, keepdim=True) - standardized * share)
+
+
+def _is_layer_norm(formula: Formula) -> bool:
+    return formula.eps_inside_root and not formula.unbiased
+
+
+def _is_one_kernel(weight: Tensor, formula: Formula) -> bool:
+    """Whether ``layer_norm`` computes the whole of it without a change of shape or dtype."""
+    if not _is_layer_norm(formula) or weight.dtype not in (torch.float32, torch.float64):
+        return False
+    return weight.is_contiguous() and weight.numel() > 0
 
 
 def _dims_in_memory_order(weight: Tensor) -> list[int]:
@@ -142,12 +226,27 @@ def _dims_in_memory_order(weight: Tensor) -> list[int]:
     return [0, *sorted(range(1, weight.ndim), key=weight.stride, reverse=True)]
 
 
+def _rows_of(weight: Tensor, order: list[int]) -> Tensor:
+    """The matrix ``(O, n)``: a view whenever the weight is dense."""
+    return weight.permute(order).flatten(1)
+
+
+def _shaped_like(weight: Tensor, order: list[int], rows: Tensor) -> Tensor:
+    """Rows of `weight` back in its shape and layout."""
+    shape = [weight.shape[dim] for dim in order]
+    return rows.reshape(shape).permute([order.index(dim) for dim in range(weight.ndim)])
+
+
+def _precise(rows: Tensor) -> Tensor:
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
 def _standardize_rows(rows: Tensor, formula: Formula) -> Tensor:
     """Standardize each row of a matrix ``(O, n)``."""
     n = rows.shape[1]
     if rows.numel() == 0:
         return rows.clone()
-    if formula.eps_inside_root and not formula.unbiased and not rows.is_complex():
+    if _is_layer_norm(formula) and not rows.is_complex():
         return F.layer_norm(rows, (n,), eps=formula.eps)  # one fused kernel forward, one backward
     correction = 1 if formula.unbiased and n > 1 else 0
     if formula.eps_inside_root:
@@ -156,3 +255,11 @@ def _standardize_rows(rows: Tensor, formula: Formula) -> Tensor:
     # std_mean rather than the root of var_mean: its gradient at a constant row is 0 instead of NaN
     std, mean = torch.std_mean(rows, dim=1, keepdim=True, correction=correction)
     return (rows - mean) / (std + formula.eps)
+
+
+def _statistics_of(rows: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
+    """The mean and ``1 / s`` of each row, shape ``(O, 1)``."""
+    correction = 1 if formula.unbiased and rows.shape[1] > 1 else 0
+    var, mean = torch.var_mean(rows, dim=1, keepdim=True, correction=correction)
+    scale = torch.sqrt(var + formula.eps) if formula.eps_inside_root else torch.sqrt(var) + formula.eps
+    return mean, 1 / scale

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ws_algorithm.deferral import Memory
 from ws_algorithm.formula import FORMULAS, Formula, resolve_formula, standardize_weight
+from ws_algorithm.holding import HeldWeight, dtype_in_convolution, may_be_held
 from ws_algorithm.layers import is_standardizer, raw_weight, standardizers_of
 
 
@@ -47,10 +49,38 @@ class WeightStandardizer(nn.Module):
     def __init__(self, formula: str | Formula = "composer") -> None:
         super().__init__()
         self.formula = resolve_formula(formula)
+        self.memory = Memory()
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the standardized weight; same shape ``(out_channels, in_channels / groups, *kernel_size)``."""
-        return standardize_weight(weight, self.formula)
+        """Return the standardized weight; same shape ``(out_channels, in_channels / groups, *kernel_size)``.
+
+        Without gradients, or inside :func:`~ws_algorithm.once.standardize_once`, it is computed once and held until
+        `weight` changes, in the dtype of autocast where that is on.
+        """
+        held = None if torch.compiler.is_compiling() else self.recall(weight)
+        return standardize_weight(weight, self.formula) if held is None else held
+
+    def recall(self, weight: Tensor) -> Tensor | None:
+        """The standardized weight if it may be held, or ``None`` if autograd is to compute it."""
+        memory, with_gradient = self.memory, torch.is_grad_enabled() and weight.requires_grad
+        if with_gradient and memory.loan is None:
+            memory.held = None  # training goes on, and an optimizer may write without being noticed
+            return None
+        if not may_be_held(weight):
+            return None
+        assert isinstance(weight, nn.Parameter)
+        dtype = dtype_in_convolution(weight)
+        lent = memory.loan.lend(weight, dtype, with_gradient) if memory.loan is not None else None
+        if lent is not None or with_gradient:
+            return lent
+        if memory.held is None or not memory.held.is_current(weight):
+            memory.held = HeldWeight.of(weight, self.formula, dtype)
+        return memory.held.value(dtype)
+
+    def train(self, mode: bool = True) -> WeightStandardizer:
+        """Set the mode; what is held is computed again, which also notices edits that PyTorch does not count."""
+        self.memory.held = None
+        return super().train(mode)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the raw weight to store when `weight` is assigned: the assigned values themselves."""
@@ -68,9 +98,27 @@ def register_weight_standardizer(conv: nn.Module, formula: str | Formula = "comp
     parametrize.register_parametrization(conv, "weight", WeightStandardizer(formula))
     parametrizations: Any = conv.parametrizations
     parametrizations.train(conv.training)  # parts start in training mode, whatever that of the whole
-    injected = type(conv)
+    injected: Any = type(conv)
+    injected.weight = _short_way(vars(injected)["weight"])
     for name, method in _raw_weight_methods(injected.__bases__[0]).items():
         setattr(injected, name, method)
+
+
+def _short_way(parametrized: property) -> property:
+    """torch's property for a parametrized weight, with a way around its four nested calls to a weight that is held."""
+
+    def weight(self: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            chain = self._modules["parametrizations"]._modules["weight"]
+            first = chain._modules["0"]
+            if len(chain._modules) == 1 and type(first) is WeightStandardizer:
+                held = first.recall(chain._parameters["original"])
+                if held is not None:
+                    return held
+        assert parametrized.fget is not None
+        return parametrized.fget(self)
+
+    return property(weight, parametrized.fset)
 
 
 def unregister_weight_standardizer(conv: nn.Module) -> nn.Parameter:

@@ -1,0 +1,114 @@
+"""Standardized weights that are held for as long as the raw weight does not change, and when they may be."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ws_algorithm.formula import Formula, Standardized, project_gradient
+from ws_algorithm.multi_tensor import standardize_all
+
+# Elements of a raw weight that are compared, on a CPU, to notice an edit that PyTorch does not count (`.data`, NumPy)
+_SAMPLES = 16
+
+
+class HeldWeight:
+    """The standardized value of one raw weight, and what tells whether the raw weight has changed since.
+
+    Args:
+        raw: The raw weight.
+        formula: That standardizes it.
+        standardized: Its standardized value and statistics, in the dtype that is asked for first.
+    """
+
+    def __init__(self, raw: nn.Parameter, formula: Formula, standardized: Standardized) -> None:
+        self.raw = raw
+        self.formula = formula
+        self._by_dtype = {standardized.weight.dtype: (standardized, standardized.weight._version)}
+        self.statistics = standardized
+        self._state = _state_of(raw)
+        self._sampled = _view_of_samples(raw)
+        self._samples = None if self._sampled is None else self._sampled.clone()
+
+    @classmethod
+    def of(cls, raw: nn.Parameter, formula: Formula, dtype: torch.dtype) -> HeldWeight:
+        """Standardize one raw weight and hold the value."""
+        return cls(raw, formula, standardize_all([raw], dtype, formula)[0])
+
+    def is_current(self, raw: Tensor) -> bool:
+        """Whether `raw` is the same weight with the same values as when it was standardized."""
+        if raw is not self.raw or self._state != _state_of(raw):
+            return False
+        return self._sampled is None or self._samples is None or torch.equal(self._sampled, self._samples)
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """The standardized weight in `dtype`; computed again if someone has written into the one that is held."""
+        held = self._by_dtype.get(dtype)
+        if held is None or held[0].weight._version != held[1]:
+            standardized = standardize_all([self.raw], dtype, self.formula)[0]
+            held = self._by_dtype[dtype] = (standardized, standardized.weight._version)
+        return held[0].weight
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """The gradient of the raw weight, from that of the standardized weight that is held."""
+        return project_gradient(gradient, self.weight_then(gradient), self.statistics, self.formula)
+
+    @torch.no_grad()
+    def weight_then(self, gradient: Tensor) -> Tensor:
+        """The raw weight that was standardized, rebuilt if it has changed since."""
+        if self.is_current(self.raw):
+            return self.raw.detach()
+        standardized, mean, scale = self.statistics
+        shape = (-1, *[1] * (standardized.ndim - 1))
+        return standardized.to(mean.dtype).div(scale.view(shape)).add_(mean.view(shape)).to(gradient.device)
+
+
+def may_be_held(weight: Tensor) -> bool:
+    """Whether a value computed from `weight` now is still right later, in a call that PyTorch may not see.
+
+    Not while a program is compiled, traced, transformed or captured, nor for weights that change unnoticed (FSDP).
+    """
+    if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or torch.jit.is_tracing():
+        return False
+    if weight.is_meta or weight.is_inference() or weight.is_complex() or weight.numel() == 0:
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not _shards_modules()
+
+
+def dtype_in_convolution(weight: Tensor) -> torch.dtype:
+    """The dtype in which a convolution computes with `weight` here: that of autocast, if it is on."""
+    kind = weight.device.type
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return weight.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def _shards_modules() -> bool:
+    """Whether ``fully_shard`` is in use, which refills parameters behind PyTorch's version counters."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    composable = sys.modules.get("torch.distributed._composable_state")
+    return composable is not None and bool(getattr(composable, "_module_state_mapping", True))
+
+
+def _state_of(raw: Tensor) -> tuple[Any, ...]:
+    """What changes with every edit that PyTorch counts; on CUDA with the stream as well, which orders the kernels."""
+    stream = torch.cuda.current_stream(raw.device).cuda_stream if raw.is_cuda else 0
+    return raw._version, raw.data_ptr(), raw.dtype, raw.stride(), stream
+
+
+def _view_of_samples(raw: Tensor) -> Tensor | None:
+    """Evenly spread elements of a raw weight on a CPU; elsewhere reading them would wait for the device."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(raw.shape, raw.stride(), strict=True))
+    if raw.device.type != "cpu" or extent != raw.numel():
+        return None
+    step = max(1, raw.numel() // _SAMPLES)
+    count = (raw.numel() - 1) // step + 1
+    return torch.as_strided(raw.detach(), (count,), (step,), raw.storage_offset())
