@@ -97,7 +97,7 @@ def test_the_repr_evaluates(algorithm):
 def test_the_repr_of_the_default():
     assert repr(WeightStandardization()) == (
         "WeightStandardization(n_last_layers_ignore=0, layers='all', include=None, exclude=None, formula='composer', "
-            "once_per_step=True)"
+        "once_per_step=True)"
     )
 
 

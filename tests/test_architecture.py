@@ -103,7 +103,20 @@ def test_the_method_below_the_algorithm_needs_torch_alone(file):
     if floor_of(file) in TORCH_ALONE:
         roots = {name.partition(".")[0] for name in imported_modules(file)}
 
-        assert roots - sys.stdlib_module_names <= {"torch", "ws_algorithm"}
+        allowed = {"torch", "ws_algorithm", *(["triton"] if file == "triton_kernels.py" else [])}
+        assert roots - sys.stdlib_module_names <= allowed
+
+
+def test_a_machine_without_cuda_never_imports_triton():
+    program = (
+        "import sys, torch; from ws_algorithm import apply_weight_standardization, standardize_once;"
+        "conv = torch.nn.Conv2d(3, 8, 3); apply_weight_standardization(conv)\n"
+        "with standardize_once(conv): conv(torch.ones(1, 3, 8, 8)).sum().backward()\n"
+        "with torch.no_grad(): conv(torch.ones(1, 3, 8, 8))\n"
+        "assert 'triton' not in sys.modules"
+    )
+
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("recipes/") and file != "__main__.py"])

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import ws_algorithm
 
@@ -13,11 +14,13 @@ import ws_algorithm
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for mistakes in a recipe, 130 or 143 if interrupted."""
     options = _parse(arguments)
-    from ws_algorithm.recipes.schema import RecipeError
-
     try:
         options.run(options)
-    except RecipeError as error:
+    except ValueError as error:
+        from ws_algorithm.recipes.schema import RecipeError  # here: `benchmark` needs nothing but torch and torchvision
+
+        if not isinstance(error, RecipeError):
+            raise
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
@@ -76,9 +79,38 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     inspect.set_defaults(run=_inspect)
 
+    _add_benchmark(verbs)
+
     recipes = verbs.add_parser("recipes", help="list the recipes that ship", description="List the shipped recipes.")
     recipes.set_defaults(run=_recipes)
     return parser
+
+
+def _add_benchmark(verbs: Any) -> None:
+    benchmark = verbs.add_parser(
+        "benchmark",
+        help="measure what standardization costs, beside that of others",
+        description="Measure time and memory of training and evaluating without and with Weight Standardization, ours "
+        "and others', in turns in one process. Lists have commas between their values; all combinations are measured. "
+        "Libraries that are not installed are left out.",
+    )
+    add = benchmark.add_argument
+    add("--models", metavar="NAMES", help="residual networks of torchvision (resnet50)")
+    add("--norm", metavar="NAMES", help="group, batch (group)")
+    add("--image-sizes", metavar="PIXELS", help="(64,224)")
+    add("--micro-batch-sizes", metavar="N", help="images per forward (1)")
+    add("--micro-batches", metavar="N", help="forwards and backwards per optimizer step (8)")
+    add("--precisions", metavar="NAMES", help="fp32, amp_bf16, amp_fp16 (fp32,amp_bf16)")
+    add("--modes", metavar="NAMES", help="train, eval (train,eval)")
+    add("--threads", metavar="N", help="CPU threads of one operation (1)")
+    add("--preset", metavar="NAME", help="targets: the cases that this package has targets for, instead of the lists")
+    add("--channels-last", action="store_true", help="images and weights in this memory format")
+    add("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
+    add("--contestants", metavar="NAMES", help="none, exact, once, folded, composer, paper, timm, mmcv (all)")
+    add("--repeats", type=int, default=9, metavar="N", help="steps of each contestant that count (9, the fewest)")
+    add("--allocator", default="keep", choices=["keep", "default"], help="whether glibc keeps freed memory (keep)")
+    add("--output", metavar="FOLDER", help="write overhead.json, overhead.md and overhead.png there")
+    benchmark.set_defaults(run=_benchmark)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -104,6 +136,21 @@ def _inspect(options: argparse.Namespace) -> None:
 
     rules = {name: getattr(options, name) for name in RULES if getattr(options, name) is not None}
     inspect(options.recipe, options.overrides, as_json=options.json, **rules)
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from ws_algorithm.recipes.benchmark import LISTS, benchmark, contestants_of, plan
+    from ws_algorithm.recipes.overhead import check_repeats
+
+    try:
+        lists = {name: getattr(options, name) for name in LISTS}
+        cases = plan(lists, options.device, options.preset, options.channels_last)
+        contestants = contestants_of(options.contestants)
+        check_repeats(options.repeats)
+    except ValueError as error:
+        print(f"ws-algorithm benchmark: {error}", file=sys.stderr)
+        sys.exit(2)
+    benchmark(cases, contestants, repeats=options.repeats, allocator=options.allocator, output=options.output)
 
 
 def _recipes(options: argparse.Namespace) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from typing import Any
+from types import FrameType
 
 try:
     from composer.core import Algorithm, Event, State
@@ -17,6 +18,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from composer import Trainer
 from composer.algorithms import EMA, SWA, LayerFreezing
 from composer.utils import dist
 from torch import nn
@@ -140,16 +142,17 @@ class _Step:
     It follows the events as Composer asks the algorithms which of them match, before it runs the first: whatever the
     order of the list, gradients are projected before any algorithm reads them.
 
-    Weights are lent from the moment that the Trainer announces a forward until the end of the backward. If an exception
-    ends the batch in between, the next forward, which was not announced, is computed by autograd.
+    Weights are lent from the moment that the Trainer announces a forward until the end of the backward, and only while
+    the Trainer is at it: if an exception has ended the batch in between, what others then do with the model is computed
+    by autograd.
     """
 
     def __init__(self, state: State) -> None:
         self._reason = why_not_once(state.model)
         self._may_defer = not _perturbs_weights_per_rank(state)
         self._session: OnceSession | None = None
-        self._hook: Any = None
-        self._is_announced = False
+        self._batch: FrameType | None = None
+        self._is_lending = False
         if self._reason is not None:
             log.warning("Weights are standardized in every forward, not once per step: %s.", self._reason)
         elif not self._may_defer:
@@ -163,27 +166,46 @@ class _Step:
             self._end()  # one that an exception has left, such as running out of memory
             self._begin(state)
         elif event == Event.BEFORE_FORWARD:
-            self._is_announced = True
-        elif event == Event.AFTER_BACKWARD and self._session is not None:
-            self._session.is_active = False
+            self._is_lending = True
+        elif event == Event.AFTER_BACKWARD:
+            self._is_lending = False
         elif event == Event.AFTER_TRAIN_BATCH:
             self._end()
 
     def _begin(self, state: State) -> None:
         self._session = OnceSession(state.model, self._may_defer)
-        self._session.is_active = False
+        self._session.lend_while(self._is_in_micro_batch)
         self._session.open()
-        self._hook = state.model.register_forward_pre_hook(self._activate)
+        self._batch, self._is_lending = _frame_of_batch(), False
 
-    def _activate(self, *_: Any) -> None:
-        assert self._session is not None
-        self._session.is_active, self._is_announced = self._is_announced, False
+    def _is_in_micro_batch(self) -> bool:
+        if self._batch is None or _is_running(self._batch):
+            return self._is_lending
+        self._end()
+        return False
 
     def _end(self) -> None:
+        self._batch, self._is_lending = None, False
         if self._session is not None:
-            self._hook.remove()
             self._session.close()
             self._session = None
+
+
+def _frame_of_batch() -> FrameType | None:
+    """The call of the Trainer's method for the micro-batches of one batch that this call is part of."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not Trainer._train_microbatches.__code__:
+        frame = frame.f_back
+    return frame
+
+
+def _is_running(frame: FrameType) -> bool:
+    """Whether a call has neither returned nor raised; clearing is refused while it runs, and harmless afterwards."""
+    try:
+        frame.clear()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _perturbs_weights_per_rank(state: State) -> bool:

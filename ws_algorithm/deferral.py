@@ -99,7 +99,8 @@ class Deferral:
         self.may_defer = False
         self.exact_because = "the raw weight gets gradients from elsewhere too (an L2 term of the loss, a tied layer)"
         assert self.held is not None
-        return total - sum(delivered) + self.held.project(sum(delivered))
+        deferred = torch.stack(delivered).sum(0)
+        return total - deferred + self.held.project(deferred)
 
 
 def settle_all(deferrals: list[Deferral]) -> None:
@@ -147,7 +148,7 @@ class Loan:
     def lend(self, raw: nn.Parameter, dtype: torch.dtype, with_gradient: bool) -> Tensor | None:
         """The standardized weight, or ``None`` if autograd is to compute it."""
         deferral = self.deferral
-        if not self.lender.is_active or raw is not deferral.raw:
+        if not self.lender.is_lending() or raw is not deferral.raw:
             return None
         if deferral.held is None:
             self.lender.standardize()

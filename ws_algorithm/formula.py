@@ -14,7 +14,7 @@ Source: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -187,8 +187,8 @@ def project_gradient(gradient: Tensor, weight: Tensor, statistics: Standardized,
     rows = rows.to(g.dtype)
     mean, r = (part.to(g.dtype).unsqueeze(1) for part in statistics[1:])
     if _is_layer_norm(formula) and rows.numel() > 0 and not rows.is_complex():
-        mask = [True, False, False]
-        projected = torch.ops.aten.native_layer_norm_backward(g, rows, rows.shape[1:], mean, r, None, None, mask)[0]
+        backward: Any = torch.ops.aten.native_layer_norm_backward
+        projected = backward(g, rows, rows.shape[1:], mean, r, None, None, [True, False, False])[0]
     else:
         projected = _project_rows(g, (rows - mean).mul_(r), r, formula)
     return _shaped_like(weight, order, projected).to(gradient.dtype)

@@ -71,7 +71,7 @@ def may_be_held(weight: Tensor) -> bool:
 
     Not while a program is compiled, traced, transformed or captured, nor for weights that change unnoticed (FSDP).
     """
-    if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or torch._C._get_tracing_state() is not None:
         return False
     if weight.is_meta or weight.is_inference() or weight.is_complex() or weight.numel() == 0:
         return False

@@ -11,8 +11,12 @@ from torch import Tensor
 from ws_algorithm.formula import Formula, Standardized, project_gradient, standardize_with_statistics
 
 
+@torch.inference_mode(False)
 def standardize_all(weights: Sequence[Tensor], dtype: torch.dtype | None, formula: Formula) -> list[Standardized]:
-    """:func:`~ws_algorithm.formula.standardize_with_statistics` of several weights, in `dtype` or in their own."""
+    """:func:`~ws_algorithm.formula.standardize_with_statistics` of several weights, in `dtype` or in their own.
+
+    The results may be used outside of inference mode as well.
+    """
     results: list[Standardized | None] = [None] * len(weights)
     for positions, kernels in _launches([(weight, dtype or weight.dtype) for weight in weights]):
         group = [weights[position].detach() for position in positions]
@@ -33,7 +37,7 @@ def project_all(
     """:func:`~ws_algorithm.formula.project_gradient` of several gradients, in place."""
     launched: set[int] = set()
     for positions, kernels in _launches(list(zip(gradients, [weight.dtype for weight in weights], strict=True))):
-        positions = [p for p in positions if _is_alike(gradients[p], weights[p])]
+        positions = [p for p in positions if _is_alike(gradients[p], weights[p]) and kernels.is_supported(weights[p])]
         if positions:
             _, means, scales = _columns([statistics[p] for p in positions])
             kernels.project_all(
@@ -49,7 +53,7 @@ def _launches(tensors: list[tuple[Tensor, torch.dtype]]) -> list[tuple[list[int]
     """Positions of the CUDA tensors that one launch can serve: of one device, dtype and other dtype."""
     groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
     for position, (tensor, other_dtype) in enumerate(tensors):
-        if tensor.is_cuda:
+        if tensor.is_cuda and other_dtype != torch.float64:
             groups.setdefault((tensor.device, tensor.dtype, other_dtype), []).append(position)
     kernels = _triton_kernels() if groups else None
     if kernels is None:

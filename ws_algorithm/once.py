@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,8 @@ def standardize_once(model: nn.Module) -> Iterator[None]:
     not give them are projected in each backward (gradients that are accumulated to older ones, hooks on the raw weight,
     ``torch.autograd.grad``, gradients that also come from elsewhere, such as an L2 term of the loss) or
     differentiated by autograd (``create_graph=True``; compiled, traced or FSDP-sharded models). A weight that changes
-    inside is standardized again. Segments under ``torch.utils.checkpoint`` belong inside with their backward. Several processes under ``DistributedDataParallel`` need equal weights on all ranks.
+    inside is standardized again. Segments under ``torch.utils.checkpoint`` belong inside together with their backward.
+    Several processes under ``DistributedDataParallel`` need equal weights on all ranks.
 
     Args:
         model: A model with standardized convolutions; may be wrapped in ``DistributedDataParallel``. Contexts may be
@@ -86,10 +87,18 @@ class OnceSession:
             raise ValueError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = model
         self.may_defer = may_defer
-        self.is_active = True
+        self._is_lending: Callable[[], bool] = lambda: True
         self._own: list[tuple[WeightStandardizer, Loan]] = []
         self._of_others: list[Loan] = []
         self._step_hooks: list[Any] = []
+
+    def lend_while(self, is_lending: Callable[[], bool]) -> None:
+        """Lend only when a function says so; at other times autograd standardizes."""
+        self._is_lending = is_lending
+
+    def is_lending(self) -> bool:
+        """Whether standardized weights are lent now."""
+        return self._is_lending()
 
     def open(self) -> None:
         """Lend standardized weights to the convolutions from now on."""
@@ -101,6 +110,7 @@ class OnceSession:
             _log_exact(len(standardizers), reason, self.model)
             return
         for raw, group in standardizers.items():
+            _end_abandoned_loans(group)
             loans = {standardizer.memory.loan for standardizer in group} - {None}
             self._of_others += [loan for loan in loans if loan is not None]
             if loans or len({standardizer.formula for standardizer in group}) > 1:
@@ -181,6 +191,13 @@ def _standardizers_by_raw_weight(model: nn.Module) -> dict[nn.Parameter, list[We
         if isinstance(first, WeightStandardizer) and type(raw_weight(layer)) is nn.Parameter:
             by_raw.setdefault(raw_weight(layer), []).append(first)
     return by_raw
+
+
+def _end_abandoned_loans(group: list[WeightStandardizer]) -> None:
+    """A session that an exception has left notices it when it is asked."""
+    for standardizer in group:
+        if standardizer.memory.loan is not None:
+            standardizer.memory.loan.lender.is_lending()
 
 
 def _count_zeros_as_pending(deferrals: list[Deferral]) -> None:
