@@ -140,8 +140,9 @@ def test_micro_batches(kind, dtype, formula):
 def test_the_layout_of_channels_last(kind, dtype, formula):
     model = check(lambda: of_kind(kind, formula, dtype, is_channels_last=True), accumulate)
 
-    layout = LAYOUTS[raw_weight(model[0]).ndim]
-    assert raw_weight(model[0]).grad.is_contiguous(memory_format=layout)
+    raw: Any = raw_weight(model[0])
+    layout = LAYOUTS[raw.ndim]
+    assert raw.grad.is_contiguous(memory_format=layout)
     with standardize_once(model):
         assert model[0].weight.is_contiguous(memory_format=layout)
 
