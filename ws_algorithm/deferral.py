@@ -30,7 +30,7 @@ class Deferral:
         self.held: HeldWeight | None = None
         self.is_pending = False
         self.is_open = True
-        self.is_paused = False
+        self.pauses = 0
         self.exact_because: str | None = None
         self.backwards = 0
         self._delivered: list[Tensor] = []
@@ -72,7 +72,7 @@ class Deferral:
         return held.project(gradient)
 
     def _defers(self, held: HeldWeight, accumulator: Any) -> bool:
-        if not (self.is_open and self.may_defer and held is self.held) or self.is_paused or _has_other_hooks(self.raw):
+        if not (self.is_open and self.may_defer and held is self.held) or self.pauses > 0 or _has_other_hooks(self.raw):
             return False
         if self.raw.grad is None:
             self.is_pending = False
@@ -181,6 +181,10 @@ class Memory:
         self.held: HeldWeight | None = None
         self.loan: Loan | None = None
         self.never_once_because: str | None = None
+
+    def is_lent(self, weight: Tensor) -> bool:
+        """Whether `weight` is held for a loan already, so that it is known to be of a kind that may be."""
+        return self.loan is not None and self.loan.deferral.raw is weight and self.loan.deferral.held is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
         return Memory()

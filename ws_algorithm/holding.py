@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from typing import Any
 
@@ -12,7 +13,13 @@ from ws_algorithm.formula import Formula, Standardized, project_gradient
 from ws_algorithm.multi_tensor import standardize_all
 
 # Elements of a raw weight that are compared, on a CPU, to notice an edit that PyTorch does not count (`.data`, NumPy)
-_SAMPLES = 16
+_SAMPLES = 8
+
+# Asked for every weight of every forward, between large convolutions that empty the caches: no lookups by name
+_autocasts = torch.is_autocast_enabled
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 class HeldWeight:
@@ -30,8 +37,10 @@ class HeldWeight:
         self._by_dtype = {standardized.weight.dtype: (standardized, standardized.weight._version)}
         self.statistics = standardized
         self._state = _state_of(raw)
+        self._alive = raw.detach()  # its memory, so that the samples stay readable
         self._sampled = _view_of_samples(raw)
-        self._samples = None if self._sampled is None else self._sampled.clone()
+        self._samples = None if self._sampled is None else self._sampled.tobytes()
+        self._kind = raw.device.type
 
     @classmethod
     def of(cls, raw: nn.Parameter, formula: Formula, dtype: torch.dtype) -> HeldWeight:
@@ -42,7 +51,11 @@ class HeldWeight:
         """Whether `raw` is the same weight with the same values as when it was standardized."""
         if raw is not self.raw or self._state != _state_of(raw):
             return False
-        return self._sampled is None or self._samples is None or torch.equal(self._sampled, self._samples)
+        return self._sampled is None or self._sampled.tobytes() == self._samples
+
+    def dtype_here(self) -> torch.dtype:
+        """:func:`dtype_in_convolution` of the raw weight."""
+        return dtype_in_convolution(self.raw) if _autocasts(self._kind) else self.raw.dtype
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """The standardized weight in `dtype`; computed again if someone has written into the one that is held."""
@@ -71,15 +84,18 @@ def may_be_held(weight: Tensor) -> bool:
 
     Not while a program is compiled, traced, transformed or captured, nor for weights that change unnoticed (FSDP).
     """
-    if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
         return False
     if weight.is_meta or weight.is_inference() or weight.is_complex() or weight.numel() == 0:
         return False
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return not _shards_modules()
+    return not is_watched(weight) and not _shards_modules()
+
+
+def is_watched(weight: Tensor) -> bool:
+    """Whether the operations of this moment are recorded or transformed, so that a held value would be missed."""
+    if _tracing_state() is not None or _dispatch_modes() > 0 or _transforms() is not None:
+        return True
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def dtype_in_convolution(weight: Tensor) -> torch.dtype:
@@ -104,11 +120,12 @@ def _state_of(raw: Tensor) -> tuple[Any, ...]:
     return raw._version, raw.data_ptr(), raw.dtype, raw.stride(), stream
 
 
-def _view_of_samples(raw: Tensor) -> Tensor | None:
+def _view_of_samples(raw: Tensor) -> memoryview | None:
     """Evenly spread elements of a raw weight on a CPU; elsewhere reading them would wait for the device."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(raw.shape, raw.stride(), strict=True))
     if raw.device.type != "cpu" or extent != raw.numel():
         return None
     step = max(1, raw.numel() // _SAMPLES)
-    count = (raw.numel() - 1) // step + 1
-    return torch.as_strided(raw.detach(), (count,), (step,), raw.storage_offset())
+    elements = (ctypes.c_char * (extent * raw.element_size())).from_address(raw.data_ptr())
+    kinds: dict[int, Any] = {2: "H", 4: "I", 8: "Q"}
+    return memoryview(elements).cast("B").cast(kinds[raw.element_size()])[::step]

@@ -46,16 +46,7 @@ def project_all(
         launched.update(positions)
     for position, gradient in enumerate(gradients):
         if position not in launched:
-            _replace(gradient, project_gradient(gradient, weights[position], statistics[position], formula))
-
-
-def _replace(gradient: Tensor, projected: Tensor) -> None:
-    """Give `gradient` the values of `projected`: its memory as well, unless others see theirs (DDP's buckets)."""
-    is_alone = gradient.untyped_storage().nbytes() == projected.untyped_storage().nbytes()
-    if is_alone and gradient.stride() == projected.stride() and gradient.dtype == projected.dtype:
-        gradient.data = projected
-    else:
-        gradient.copy_(projected)
+            gradient.copy_(project_gradient(gradient, weights[position], statistics[position], formula))
 
 
 def _launches(tensors: list[tuple[Tensor, torch.dtype]]) -> list[tuple[list[int], ModuleType]]:

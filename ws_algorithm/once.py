@@ -122,8 +122,8 @@ class OnceSession:
                 standardizer.memory.loan = loan
                 self._own.append((standardizer, loan))
         self._step_hooks = [
-            register_optimizer_step_pre_hook(lambda *_: self._pause(True)),
-            register_optimizer_step_post_hook(lambda *_: self._pause(False)),
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._pause(optimizer, 1)),
+            register_optimizer_step_post_hook(lambda optimizer, *_: self._pause(optimizer, -1)),
         ]
 
     def standardize(self) -> None:
@@ -154,11 +154,13 @@ class OnceSession:
             for reason, count in reasons.items():
                 _log_exact(count, reason, self.model)
 
-    def _pause(self, is_paused: bool) -> None:
-        """An optimizer step inside reads gradients, and a closure makes new ones: none of them may wait."""
-        self.settle()
-        for loan in self._loans():
-            loan.deferral.is_paused = is_paused
+    def _pause(self, optimizer: torch.optim.Optimizer, pauses: int) -> None:
+        """A step of an optimizer inside reads gradients, and a closure makes new ones: none of them may wait."""
+        stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        deferrals = [loan.deferral for loan in self._loans() if loan.deferral.raw in stepped]
+        settle_all(deferrals)
+        for deferral in deferrals:
+            deferral.pauses = max(0, deferral.pauses + pauses)
 
     def _loans(self) -> list[Loan]:
         return list(dict.fromkeys(loan for _, loan in self._own))

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from ws_algorithm.deferral import Memory
 from ws_algorithm.formula import FORMULAS, Formula, resolve_formula, standardize_weight
-from ws_algorithm.holding import HeldWeight, dtype_in_convolution, may_be_held
+from ws_algorithm.holding import HeldWeight, dtype_in_convolution, is_watched, may_be_held
 from ws_algorithm.layers import is_standardizer, raw_weight, standardizers_of
 
 
@@ -63,10 +63,14 @@ class WeightStandardizer(nn.Module):
     def recall(self, weight: Tensor) -> Tensor | None:
         """The standardized weight if it may be held, or ``None`` if autograd is to compute it."""
         memory, with_gradient = self.memory, torch.is_grad_enabled() and weight.requires_grad
-        if with_gradient and memory.loan is None:
-            memory.held = None  # training goes on, and an optimizer may write without being noticed
-            return None
-        if not may_be_held(weight):
+        held = memory.held
+        if memory.loan is None:
+            if with_gradient:
+                memory.held = None  # training goes on, and an optimizer may write without being noticed
+                return None
+            if held is not None and held.is_current(weight) and not is_watched(weight):
+                return held.value(held.dtype_here())
+        if is_watched(weight) if memory.is_lent(weight) else not may_be_held(weight):
             return None
         assert isinstance(weight, nn.Parameter)
         dtype = dtype_in_convolution(weight)
