@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ws_algorithm.formula import Formula, standardize_weight
-from ws_algorithm.holding import HeldWeight
+from ws_algorithm.holding import HeldWeight, dtype_in_convolution
 from ws_algorithm.multi_tensor import project_all, standardize_all
 
 
@@ -193,11 +193,11 @@ class Memory:
         return Memory, ()
 
 
-def standardize_loans(loans: list[Loan], dtype_of: Any) -> None:
+def standardize_loans(loans: list[Loan]) -> None:
     """Standardize the raw weights of many loans, in one launch for each formula and dtype on CUDA."""
     groups: dict[tuple[Formula, torch.dtype], list[Loan]] = {}
     for loan in loans:
-        groups.setdefault((loan.formula, dtype_of(loan.deferral.raw)), []).append(loan)
+        groups.setdefault((loan.formula, dtype_in_convolution(loan.deferral.raw)), []).append(loan)
     for (formula, dtype), group in groups.items():
         standardized = standardize_all([loan.deferral.raw for loan in group], dtype, formula)
         for loan, result in zip(group, standardized, strict=True):

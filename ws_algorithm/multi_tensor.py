@@ -12,20 +12,20 @@ from ws_algorithm.formula import Formula, Standardized, project_gradient, standa
 
 
 @torch.inference_mode(False)
-def standardize_all(weights: Sequence[Tensor], dtype: torch.dtype | None, formula: Formula) -> list[Standardized]:
-    """:func:`~ws_algorithm.formula.standardize_with_statistics` of several weights, in `dtype` or in their own.
+def standardize_all(weights: Sequence[Tensor], dtype: torch.dtype, formula: Formula) -> list[Standardized]:
+    """:func:`~ws_algorithm.formula.standardize_with_statistics` of several weights, in `dtype`.
 
     The results may be used outside of inference mode as well.
     """
     results: list[Standardized | None] = [None] * len(weights)
-    for positions, kernels in _launches([(weight, dtype or weight.dtype) for weight in weights]):
+    for positions, kernels in _launches([(weight, dtype) for weight in weights]):
         group = [weights[position].detach() for position in positions]
-        outputs = [_empty_standardized(weight, dtype or weight.dtype) for weight in group]
+        outputs = [_empty_standardized(weight, dtype) for weight in group]
         kernels.standardize_all(group, *_columns(outputs), formula)
         for position, output in zip(positions, outputs, strict=True):
             results[position] = output
     return [
-        standardize_with_statistics(weight.detach(), formula, dtype or weight.dtype) if result is None else result
+        standardize_with_statistics(weight.detach(), formula, dtype) if result is None else result
         for weight, result in zip(weights, results, strict=True)
     ]
 

@@ -12,7 +12,6 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ws_algorithm.deferral import Deferral, Loan, settle_all, standardize_loans
-from ws_algorithm.holding import dtype_in_convolution
 from ws_algorithm.layers import parametrizations_of, raw_weight
 from ws_algorithm.parametrization import WeightStandardizer
 
@@ -132,7 +131,7 @@ class OnceSession:
         loans = [
             loan for loan in self._loans() if loan.deferral.held is None and loan.deferral.raw.device.type != "meta"
         ]
-        standardize_loans(loans, dtype_in_convolution)
+        standardize_loans(loans)
         _count_zeros_as_pending([loan.deferral for loan in loans])
 
     def settle(self) -> None:
