@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from accumulating_runs import adam, assert_ends_near, lamb, outcome, run, sgd, weights
 from composer.algorithms import SAM, GradientClipping
 from composer.core import Algorithm
 from composer.utils import dist
-from test_algorithm_once import adam, assert_near, outcome, run, sgd, weights
-from test_once_gradients import images, tiny
+from exact_twins import images, tiny
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +31,7 @@ STRATEGIES = ["single_auto_sync", "multi_auto_sync", "forced_sync"]
 OTHERS: dict[str, tuple[Any, Callable[[], list[Algorithm]]]] = {
     "SGD": (sgd, lambda: []),
     "Adam, clip norm": (adam, lambda: [GradientClipping("norm", 0.05)]),
+    "LAMB, clip norm": (lamb, lambda: [GradientClipping("norm", 0.05)]),
     "SAM": (sgd, lambda: [SAM(rho=0.1)]),
     "SAM, clip norm": (sgd, lambda: [SAM(rho=0.1, interval=2), GradientClipping("norm", 0.05)]),
 }
@@ -102,7 +103,7 @@ def test_the_weights_are_those_of_a_run_without(name, strategy, ranks):
     for results in ranks:
         assert not isinstance(results[name, strategy], str), results[name, strategy]
         once, exact = results[name, strategy]
-        assert_near(once, exact, tolerance=1e-6)
+        assert_ends_near(once, exact, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("name, strategy", [*CASES, *LOOPS])
@@ -110,7 +111,7 @@ def test_the_ranks_agree(name, strategy, ranks):
     (first, _), (second, _) = (results[name, strategy] for results in ranks)
 
     # SAM adds and subtracts what differs between ranks, which rounds differently on each
-    assert_near(first, second, tolerance=1e-12 if "SAM" in name else 0.0)
+    assert_ends_near(first, second, tolerance=1e-12 if "SAM" in name else 0.0)
 
 
 def test_the_cases_differ(ranks):
