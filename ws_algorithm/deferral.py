@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ws_algorithm.formula import Formula, standardize_weight
-from ws_algorithm.holding import HeldWeight, dtype_in_convolution
-from ws_algorithm.multi_tensor import project_all, standardize_all
+from ws_algorithm.holding import HeldWeight, dtype_in_convolution, hold_all
+from ws_algorithm.multi_tensor import project_all
 
 
 class Deferral:
@@ -32,9 +34,12 @@ class Deferral:
         self.is_open = True
         self.pauses = 0
         self.exact_because: str | None = None
+        self.projected_because: str | None = None
         self.backwards = 0
-        self._delivered: list[Tensor] = []
-        self._delivered_in: int = -1
+        self._may_own = not raw.is_cuda
+        self._owns_gradient = False  # whether raw.grad began empty, so that no one else expects it to be projected in place
+        self._delivered: dict[int, list[Tensor]] = {}  # what was passed on, by the backward that is under way
+        self._lock = threading.Lock()
         self._hook: Any = None
 
     def hold(self, held: HeldWeight) -> None:
@@ -46,6 +51,29 @@ class Deferral:
         """See from now on all that is added to ``raw.grad``."""
         if self._hook is None:
             self._hook = self.raw.register_hook(self._check)
+
+    def count_as_pending(self) -> None:
+        """Take a gradient of zeros for one that waits."""
+        self.watch()
+        self.is_pending, self._owns_gradient = True, False
+
+    def forget(self) -> None:
+        """Have the raw weight standardized again: it may have been written to in a way that PyTorch does not count."""
+        if self.held is not None:
+            self.held.distrust()
+            self.settle()
+            self.held = None
+
+    def join(self, ddp: DistributedDataParallel) -> None:
+        """Take account of a ``DistributedDataParallel`` that reduces the gradient into memory of its own."""
+        self._owns_gradient = self._may_own = False
+        if self.may_defer and (ddp.find_unused_parameters or ddp.static_graph):
+            self.settle()
+            self.may_defer = False
+            self.projected_because = (
+                "DistributedDataParallel with find_unused_parameters or static_graph lets a rank leave out layers that "
+                "others use"
+            )
 
     def close(self) -> None:
         """Defer nothing from now on."""
@@ -65,33 +93,30 @@ class Deferral:
             self.exact_because = "second order (create_graph=True)"
             return _differentiable_gradient(self.raw, held, gradient)
         gradient = gradient.to(self.raw.dtype)
-        if self._defers(held, accumulator):
-            self._delivered_by_this_backward().append(gradient)
+        if self._may_pass_on(held, accumulator) and self._passes_on(gradient):
             return gradient
         self.settle()
         return held.project(gradient)
 
-    def _defers(self, held: HeldWeight, accumulator: Any) -> bool:
+    def _may_pass_on(self, held: HeldWeight, accumulator: Any) -> bool:
         if not (self.is_open and self.may_defer and held is self.held) or self.pauses > 0 or _has_other_hooks(self.raw):
-            return False
-        if self.raw.grad is None:
-            self.is_pending = False
-        elif not self.is_pending:
             return False
         return _will_accumulate(accumulator)
 
-    def _delivered_by_this_backward(self) -> list[Tensor]:
-        """What was passed on; without what a backward that failed has left."""
-        backward = torch._C._current_graph_task_id()
-        if backward != self._delivered_in:
-            self._delivered, self._delivered_in = [], backward
-        return self._delivered
+    def _passes_on(self, gradient: Tensor) -> bool:
+        """Pass on unless ``raw.grad`` holds a true gradient; threads may do so at the same time."""
+        with self._lock:
+            if self.raw.grad is None:
+                self.is_pending, self._owns_gradient = True, self._may_own
+            elif not self.is_pending:
+                return False
+            self._delivered.setdefault(torch._C._current_graph_task_id(), []).append(gradient)
+            return True
 
     def _check(self, total: Tensor) -> Tensor | None:
         """A hook on the raw weight: settle unless `total` is exactly what was delivered."""
-        delivered, self._delivered = self._delivered_by_this_backward(), []
-        if len(delivered) == 1 and total.data_ptr() == delivered[0].data_ptr():
-            self.is_pending = True
+        delivered = self._delivered.pop(torch._C._current_graph_task_id(), [])
+        if len(delivered) == 1 and total.data_ptr() == delivered[0].data_ptr() and self.is_pending:
             return None
         self.settle()
         if not delivered:
@@ -103,10 +128,25 @@ class Deferral:
         return total - deferred + self.held.project(deferred)
 
 
+    def settle_by_replacing(self) -> bool:
+        """Settle with a new tensor as ``raw.grad``, where no one expects it to stay the same tensor.
+
+        It saves a copy, and autograd may have given the same memory to the gradient of another parameter.
+        """
+        gradient = self.raw.grad
+        if not (self.is_pending and self._owns_gradient) or gradient is None or self.held is None:
+            return False
+        self.raw.grad = self.held.project(gradient)
+        self.is_pending = False
+        return True
+
+
 def settle_all(deferrals: list[Deferral]) -> None:
     """Project the pending gradients of many raw weights, in one launch for each formula on CUDA."""
     by_formula: dict[Formula, list[tuple[Tensor, HeldWeight]]] = {}
     for deferral in deferrals:
+        if deferral.settle_by_replacing():
+            continue
         gradient, held = deferral.raw.grad, deferral.held
         if deferral.is_pending and gradient is not None and held is not None:
             by_formula.setdefault(held.formula, []).append((gradient, held))
@@ -154,9 +194,9 @@ class Loan:
             self.lender.standardize()
         held = deferral.held
         if held is None or not held.is_current(raw):
-            held = HeldWeight.of(raw, self.formula, dtype)
+            (held,) = hold_all([raw], self.formula, dtype)
             deferral.hold(held)
-        return self._with_graph(held, dtype) if with_gradient else held.value(dtype)
+        return self._with_graph(held, dtype) if with_gradient else held.alias(dtype)
 
     def _with_graph(self, held: HeldWeight, dtype: torch.dtype) -> Tensor:
         """One node of the graph per forward and backward, which a convolution that is called again shares.
@@ -169,6 +209,9 @@ class Loan:
             if lent[0]._version == value._version and lent[0].data_ptr() == value.data_ptr():
                 return lent[0]
         self.deferral.watch()
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is not None:
+            self.deferral.join(ddp)
         graph: Any = _StraightThrough.apply(held.raw, self.deferral, held, dtype)
         self._lent = (graph, held, dtype, self.deferral.backwards)
         return graph
@@ -199,9 +242,8 @@ def standardize_loans(loans: list[Loan]) -> None:
     for loan in loans:
         groups.setdefault((loan.formula, dtype_in_convolution(loan.deferral.raw)), []).append(loan)
     for (formula, dtype), group in groups.items():
-        standardized = standardize_all([loan.deferral.raw for loan in group], dtype, formula)
-        for loan, result in zip(group, standardized, strict=True):
-            loan.deferral.hold(HeldWeight(loan.deferral.raw, formula, result))
+        for loan, held in zip(group, hold_all([loan.deferral.raw for loan in group], formula, dtype), strict=True):
+            loan.deferral.hold(held)
 
 
 def _differentiable_gradient(raw: nn.Parameter, held: HeldWeight, gradient: Tensor) -> Tensor:

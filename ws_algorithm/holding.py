@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import _symbolic_trace as fx_tracing
 
 from ws_algorithm.formula import Formula, Standardized, project_gradient
 from ws_algorithm.multi_tensor import standardize_all
@@ -25,27 +27,34 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 class HeldWeight:
     """The standardized value of one raw weight, and what tells whether the raw weight has changed since.
 
+    Made by :func:`hold_all`. What tells of a change is read before the value is computed: a thread that writes in
+    between is noticed.
+
     Args:
         raw: The raw weight.
         formula: That standardizes it.
-        standardized: Its standardized value and statistics, in the dtype that is asked for first.
     """
 
-    def __init__(self, raw: nn.Parameter, formula: Formula, standardized: Standardized) -> None:
+    def __init__(self, raw: nn.Parameter, formula: Formula) -> None:
         self.raw = raw
         self.formula = formula
-        self._by_dtype = {standardized.weight.dtype: (standardized, standardized.weight._version)}
-        self.statistics = standardized
+        self.statistics: Any = None
+        self._by_dtype: dict[torch.dtype, tuple[Standardized, int]] = {}
+        self._is_trusted = True
         self._state = _state_of(raw)
         self._alive = raw.detach()  # its memory, so that the samples stay readable
         self._sampled = _view_of_samples(raw)
         self._samples = None if self._sampled is None else self._sampled.tobytes()
         self._kind = raw.device.type
 
-    @classmethod
-    def of(cls, raw: nn.Parameter, formula: Formula, dtype: torch.dtype) -> HeldWeight:
-        """Standardize one raw weight and hold the value."""
-        return cls(raw, formula, standardize_all([raw], dtype, formula)[0])
+    def take(self, standardized: Standardized) -> None:
+        """Hold the standardized value and its statistics, in the dtype that is asked for first."""
+        self._by_dtype = {standardized.weight.dtype: (standardized, standardized.weight._version)}
+        self.statistics = standardized
+
+    def distrust(self) -> None:
+        """The raw weight may have changed although nothing tells of it."""
+        self._is_trusted = False
 
     def is_current(self, raw: Tensor) -> bool:
         """Whether `raw` is the same weight with the same values as when it was standardized."""
@@ -65,6 +74,10 @@ class HeldWeight:
             held = self._by_dtype[dtype] = (standardized, standardized.weight._version)
         return held[0].weight
 
+    def alias(self, dtype: torch.dtype) -> Tensor:
+        """:meth:`value` as a tensor of its own: hooks and flags that a user sets on it stay with the user."""
+        return self.value(dtype).detach()
+
     def project(self, gradient: Tensor) -> Tensor:
         """The gradient of the raw weight, from that of the standardized weight that is held."""
         return project_gradient(gradient, self.weight_then(gradient), self.statistics, self.formula)
@@ -72,11 +85,19 @@ class HeldWeight:
     @torch.no_grad()
     def weight_then(self, gradient: Tensor) -> Tensor:
         """The raw weight that was standardized, rebuilt if it has changed since."""
-        if self.is_current(self.raw):
+        if self._is_trusted and self.is_current(self.raw):
             return self.raw.detach()
         standardized, mean, scale = self.statistics
         shape = (-1, *[1] * (standardized.ndim - 1))
         return standardized.to(mean.dtype).div(scale.view(shape)).add_(mean.view(shape)).to(gradient.device)
+
+
+def hold_all(raws: Sequence[nn.Parameter], formula: Formula, dtype: torch.dtype) -> list[HeldWeight]:
+    """Standardize raw weights and hold the values, in one launch on CUDA."""
+    held = [HeldWeight(raw, formula) for raw in raws]
+    for one, standardized in zip(held, standardize_all(raws, dtype, formula), strict=True):
+        one.take(standardized)
+    return held
 
 
 def may_be_held(weight: Tensor) -> bool:
@@ -94,6 +115,8 @@ def may_be_held(weight: Tensor) -> bool:
 def is_watched(weight: Tensor) -> bool:
     """Whether the operations of this moment are recorded or transformed, so that a held value would be missed."""
     if _tracing_state() is not None or _dispatch_modes() > 0 or _transforms() is not None:
+        return True
+    if getattr(fx_tracing, "_is_fx_tracing_flag", False):
         return True
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 

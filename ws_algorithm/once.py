@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,6 +18,10 @@ from ws_algorithm.layers import parametrizations_of, raw_weight
 from ws_algorithm.parametrization import WeightStandardizer
 
 log = logging.getLogger(__name__)
+
+_EXACT = "%s weights of %s are standardized in every forward by autograd, not once per step: %s."
+_PROJECTED = "%sGradients of %s are projected in every backward, not once per step: %s."
+_logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -42,14 +48,15 @@ def standardize_once(model: nn.Module) -> Iterator[None]:
     ``torch.autograd.grad``, gradients that also come from elsewhere, such as an L2 term of the loss) or
     differentiated by autograd (``create_graph=True``; compiled, traced or FSDP-sharded models). A weight that changes
     inside is standardized again. Segments under ``torch.utils.checkpoint`` belong inside together with their backward.
-    Several processes under ``DistributedDataParallel`` need equal weights on all ranks.
+    Several processes under ``DistributedDataParallel`` need equal weights on all ranks. Several threads may run inside one
+    context, if they are joined before it ends; ``conv.weight`` is one tensor for all of them, to be read only.
 
     Args:
         model: A model with standardized convolutions; may be wrapped in ``DistributedDataParallel``. Contexts may be
             nested.
 
     Raises:
-        ValueError: If `model` is not a module.
+        ValueError: If `model` is not a module, or is inside a context of another thread.
 
     Example:
         >>> import torch
@@ -87,6 +94,8 @@ class OnceSession:
             raise ValueError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = model
         self.may_defer = may_defer
+        self.thread = threading.get_ident()
+        self._lock = threading.Lock()
         self._is_lending: Callable[[], bool] = lambda: True
         self._own: list[tuple[WeightStandardizer, Loan]] = []
         self._of_others: list[Loan] = []
@@ -107,11 +116,12 @@ class OnceSession:
             log.warning("%s has no standardized layer; nothing is standardized once.", type(self.model).__name__)
         reason = why_not_once(self.model)
         if reason is not None:
-            _log_exact(len(standardizers), reason, self.model)
+            _log_once(self.model, _EXACT, len(standardizers), reason)
             return
         for raw, group in standardizers.items():
             _end_abandoned_loans(group)
             loans = {standardizer.memory.loan for standardizer in group} - {None}
+            self._check_thread(loans)
             self._of_others += [loan for loan in loans if loan is not None]
             if loans or len({standardizer.formula for standardizer in group}) > 1:
                 continue
@@ -126,13 +136,23 @@ class OnceSession:
             register_optimizer_step_post_hook(lambda optimizer, *_: self._pause(optimizer, -1)),
         ]
 
+    def _check_thread(self, loans: set[Loan | None]) -> None:
+        """Raise ``ValueError`` if another thread would settle gradients while this one computes them."""
+        if any(loan is not None and loan.lender.thread != self.thread and loan.lender.is_lending() for loan in loans):
+            self.close()
+            raise ValueError(
+                "`model` is inside standardize_once in another thread already. Open one context around all threads that "
+                "use the model, and start and join them inside."
+            )
+
     def standardize(self) -> None:
         """Standardize all raw weights at once, when the first is asked for: by then autocast and ``zero_grad`` are."""
-        loans = [
-            loan for loan in self._loans() if loan.deferral.held is None and loan.deferral.raw.device.type != "meta"
-        ]
-        standardize_loans(loans)
-        _count_zeros_as_pending([loan.deferral for loan in loans])
+        with self._lock:
+            loans = [
+                loan for loan in self._loans() if loan.deferral.held is None and loan.deferral.raw.device.type != "meta"
+            ]
+            standardize_loans(loans)
+            _count_zeros_as_pending([loan.deferral for loan in loans])
 
     def settle(self) -> None:
         """Make the gradients of all raw weights those of autograd."""
@@ -152,7 +172,7 @@ class OnceSession:
                 self._remember(standardizer, loan.deferral, reasons)
             self._own, self._of_others = [], []
             for reason, count in reasons.items():
-                _log_exact(count, reason, self.model)
+                _log_once(self.model, _EXACT, count, reason)
 
     def _pause(self, optimizer: torch.optim.Optimizer, pauses: int) -> None:
         """A step of an optimizer inside reads gradients, and a closure makes new ones: none of them may wait."""
@@ -161,11 +181,15 @@ class OnceSession:
         settle_all(deferrals)
         for deferral in deferrals:
             deferral.pauses = max(0, deferral.pauses + pauses)
+            if pauses < 0:
+                deferral.forget()
 
     def _loans(self) -> list[Loan]:
         return list(dict.fromkeys(loan for _, loan in self._own))
 
     def _remember(self, standardizer: WeightStandardizer, deferral: Deferral, reasons: dict[str, int]) -> None:
+        if deferral.projected_because is not None:
+            _log_once(self.model, _PROJECTED, "", deferral.projected_because)
         reason = deferral.exact_because
         if reason is not None and standardizer.memory.never_once_because is None:
             reasons[reason] = reasons.get(reason, 0) + 1
@@ -190,8 +214,11 @@ def _standardizers_by_raw_weight(model: nn.Module) -> dict[nn.Parameter, list[We
     by_raw: dict[nn.Parameter, list[WeightStandardizer]] = {}
     for layer in model.modules():
         first = next(iter(parametrizations_of(layer)), None)
-        if isinstance(first, WeightStandardizer) and type(raw_weight(layer)) is nn.Parameter:
-            by_raw.setdefault(raw_weight(layer), []).append(first)
+        if not isinstance(first, WeightStandardizer):
+            continue
+        raw = raw_weight(layer)
+        if type(raw) is nn.Parameter and not raw.is_complex():
+            by_raw.setdefault(raw, []).append(first)
     return by_raw
 
 
@@ -211,13 +238,13 @@ def _count_zeros_as_pending(deferrals: list[Deferral]) -> None:
     for group in by_device.values():
         any_nonzero = torch.stack([deferral.raw.grad.any() for deferral in group if deferral.raw.grad is not None])
         for deferral, nonzero in zip(group, any_nonzero.tolist(), strict=True):
-            deferral.is_pending = not nonzero
+            if not nonzero and deferral.may_defer:
+                deferral.count_as_pending()
 
 
-def _log_exact(count: int, reason: str, model: nn.Module) -> None:
-    log.warning(
-        "%d weights of %s are standardized in every forward by autograd, not once per step: %s.",
-        count,
-        type(model).__name__,
-        reason,
-    )
+def _log_once(model: nn.Module, text: str, count: int | str, reason: str) -> None:
+    """Say what is not done once per step, and why, for the first of many contexts."""
+    message = text % (count, type(model).__name__, reason)
+    if message not in _logged.setdefault(model, set()):
+        _logged[model].add(message)
+        log.warning(message)

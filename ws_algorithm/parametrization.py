@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from ws_algorithm.deferral import Memory
 from ws_algorithm.formula import FORMULAS, Formula, resolve_formula, standardize_weight
-from ws_algorithm.holding import HeldWeight, dtype_in_convolution, is_watched, may_be_held
+from ws_algorithm.holding import dtype_in_convolution, hold_all, is_watched, may_be_held
 from ws_algorithm.layers import is_standardizer, raw_weight, standardizers_of
 
 
@@ -64,12 +64,13 @@ class WeightStandardizer(nn.Module):
         """The standardized weight if it may be held, or ``None`` if autograd is to compute it."""
         memory, with_gradient = self.memory, torch.is_grad_enabled() and weight.requires_grad
         held = memory.held
+        if with_gradient:
+            memory.held = None  # training goes on, and an optimizer may write without being noticed
         if memory.loan is None:
             if with_gradient:
-                memory.held = None  # training goes on, and an optimizer may write without being noticed
                 return None
             if held is not None and held.is_current(weight) and not is_watched(weight):
-                return held.value(held.dtype_here())
+                return held.alias(held.dtype_here())
         if is_watched(weight) if memory.is_lent(weight) else not may_be_held(weight):
             return None
         assert isinstance(weight, nn.Parameter)
@@ -78,12 +79,17 @@ class WeightStandardizer(nn.Module):
         if lent is not None or with_gradient:
             return lent
         if memory.held is None or not memory.held.is_current(weight):
-            memory.held = HeldWeight.of(weight, self.formula, dtype)
-        return memory.held.value(dtype)
+            (memory.held,) = hold_all([weight], self.formula, dtype)
+        return memory.held.alias(dtype)
 
     def train(self, mode: bool = True) -> WeightStandardizer:
-        """Set the mode; what is held is computed again, which also notices edits that PyTorch does not count."""
+        """Set the mode; what is held is computed again, which also notices edits that PyTorch does not count.
+
+        Inside :func:`~ws_algorithm.once.standardize_once` only where the mode changes: loops set it for every batch.
+        """
         self.memory.held = None
+        if self.memory.loan is not None and mode != self.training:
+            self.memory.loan.deferral.forget()
         return super().train(mode)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -110,6 +116,8 @@ def register_weight_standardizer(conv: nn.Module, formula: str | Formula = "comp
 
 def _short_way(parametrized: property) -> property:
     """torch's property for a parametrized weight, with a way around its four nested calls to a weight that is held."""
+    compute = parametrized.fget  # looked up here, since a compiler cannot look into a property
+    assert compute is not None
 
     def weight(self: Any) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -119,8 +127,7 @@ def _short_way(parametrized: property) -> property:
                 held = first.recall(chain._parameters["original"])
                 if held is not None:
                     return held
-        assert parametrized.fget is not None
-        return parametrized.fget(self)
+        return compute(self)
 
     return property(weight, parametrized.fset)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -93,6 +94,21 @@ def contestants_of(text: str | None) -> list[str]:
     return list(dict.fromkeys(["none", *names]))
 
 
+def prepare_output(output: str) -> None:
+    """Make the folder for the files before anything is measured.
+
+    Raises:
+        ValueError: If it cannot be made or written to.
+    """
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`output` (={output!r}) cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"`output` (={output!r}) is not a folder that can be written to.")
+
+
 def benchmark(
     cases: Sequence[Case],
     contestants: Sequence[str],
@@ -114,9 +130,11 @@ def benchmark(
         output: The folder for the files; ``None`` writes none.
 
     Raises:
-        ValueError: If `repeats` or `allocator` is not of the kind described.
+        ValueError: If `repeats` or `allocator` is not of the kind described, or `output` cannot be written to.
     """
     check_choices("allocator", [allocator], ("keep", "default"))
+    if output is not None:
+        prepare_output(output)
     kept = allocator == "keep" and keep_freed_memory()
     threads = sorted({case.threads for case in cases})
     machine = describe_machine(cases[0].device, threads, "glibc that keeps freed memory" if kept else "default")
@@ -145,7 +163,6 @@ def _able(contestants: Sequence[str], case: Case, told: set[str]) -> list[str]:
 
 
 def _write(folder: Path, machine: dict[str, object], records: Sequence[Record]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "overhead.json").write_text(to_json(machine, records), encoding="utf-8")
     (folder / "overhead.md").write_text(to_markdown(machine, records), encoding="utf-8")
     draw_ratios(records, folder / "overhead.png", f"{machine['device']}, torch {machine['torch']}")
