@@ -15,23 +15,37 @@ PACKAGE = Path(ws_algorithm.__file__).parent
 
 # From the ground up. Files on one floor do not import one another
 FLOORS = [
-    ["formula.py", "layers.py", "tracing/rebinding.py", "tracing/symbol.py", "tracing/undisturbed.py"],
-    ["triton_kernels.py", "tracing/shadow.py"],
-    ["multi_tensor.py", "tracing/recorder.py"],
+    ["formula.py", "layers.py", "patterns.py", "tracing/rebinding.py", "tracing/symbol.py", "tracing/undisturbed.py"],
+    ["batch_norms.py", "group_norm_rules.py", "triton_kernels.py", "tracing/shadow.py"],
+    ["group_norm.py", "multi_tensor.py", "tracing/recorder.py"],
     ["holding.py", "tracing/following.py", "tracing/trial.py"],
     ["deferral.py", "tracing/symbolic.py", "tracing/observation.py"],
     ["parametrization.py", "tracing/execution.py"],
     ["once.py", "selection.py"],
     ["cautions.py", "inspection.py"],
     ["functional.py"],
+    ["training_step.py"],
     ["algorithm.py"],
+    [
+        "recipes/class_folders.py",
+        "recipes/classifier.py",
+        "recipes/image_files.py",
+        "recipes/image_transforms.py",
+        "recipes/initialization.py",
+        "recipes/loading.py",
+        "recipes/network_arguments.py",
+        "recipes/norm_layers.py",
+        "recipes/pretrained.py",
+        "recipes/synthetic.py",
+    ],
     [
         "recipes/models/*.py",
         "recipes/data/*.py",
         "recipes/best_checkpoint.py",
         "recipes/catalogue.py",
         "recipes/named_models.py",
-        "recipes/parameter_groups.py",
+        "recipes/parameter_names.py",
+        "recipes/per_class.py",
         "recipes/report.py",
         "recipes/rivals.py",
         "recipes/run_folder.py",
@@ -40,13 +54,29 @@ FLOORS = [
         "recipes/early_stopper.py",
         "recipes/signatures.py",
     ],
-    ["recipes/registry.py", "recipes/values.py", "recipes/contest.py"],
+    [
+        "recipes/registry.py",
+        "recipes/values.py",
+        "recipes/contest.py",
+        "recipes/curves.py",
+        "recipes/epoch_table.py",
+        "recipes/freezing.py",
+        "recipes/metrics.py",
+        "recipes/parameter_groups.py",
+        "recipes/reading.py",
+    ],
     ["recipes/build.py", "recipes/overhead.py"],
     ["recipes/resolve.py", "recipes/overhead_report.py"],
-    ["recipes/train.py", "recipes/evaluate.py", "recipes/inspect.py", "recipes/benchmark.py"],
+    [
+        "recipes/train.py",
+        "recipes/evaluate.py",
+        "recipes/inspect.py",
+        "recipes/plot.py",
+        "recipes/benchmark.py",
+    ],
     ["__main__.py"],
 ]
-METHOD = range(0, 10)
+METHOD = range(0, 11)
 TORCH_ALONE = range(0, 9)
 
 # Without `__init__.py`: the root's has tests of its own below, the others hold a docstring

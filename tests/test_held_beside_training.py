@@ -1,5 +1,6 @@
 """What is held for evaluation and the graphs of training leave each other alone, frozen weights among them."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 from weight_changes import CHANGES
 
-from ws_algorithm import standardize_weight
+from ws_algorithm import standardize_once, standardize_weight
 from ws_algorithm.parametrization import raw_weight
 
 
@@ -109,3 +110,40 @@ def test_a_frozen_convolution_that_learns_again():
     loss_of(other, images()[0]).backward()
     learned: Any = [raw_weight(network[3]).grad for network in (model, other)]
     assert torch.equal(*learned)
+
+
+@pytest.mark.parametrize("context", [nullcontext, standardize_once])
+@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "not frozen"])
+def test_what_is_set_on_the_tensor_that_is_returned_stays_there(is_frozen, context):
+    """Flags, gradients and hooks: the next call returns another tensor, with the same values."""
+    model, calls = tiny(), []
+    raw_weight(model[3]).requires_grad_(not is_frozen)
+
+    with context(model):
+        with torch.no_grad():
+            mine = model[3].weight.requires_grad_()
+            mine.register_hook(calls.append)
+            again = model[3].weight
+            assert not again.requires_grad and not again._backward_hooks
+            assert again.data_ptr() == mine.data_ptr()
+        if is_frozen:
+            assert not model[3].weight.requires_grad
+            images_with_gradient = images()[0].requires_grad_()
+            loss_of(model, images_with_gradient).backward()
+
+    assert calls == [] and mine.grad is None
+    assert not model[3].weight.requires_grad if is_frozen else model[3].weight.grad_fn is not None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_with_respect_to_what_is_returned(mode):
+    """One call's own, though all calls return the same values."""
+    model = tiny()
+    with mode():
+        model(images()[0])
+    with torch.no_grad():
+        first, second = model[3].weight.requires_grad_(), model[3].weight.requires_grad_()
+
+    (first * 2).sum().backward()
+
+    assert torch.equal(first.grad, torch.full_like(first, 2.0)) and second.grad is None

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ws_algorithm.algorithm import GroupNormalization as GroupNormalization
     from ws_algorithm.algorithm import WeightStandardization as WeightStandardization
     from ws_algorithm.formula import FORMULAS as FORMULAS
     from ws_algorithm.formula import Formula as Formula
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ws_algorithm.functional import fold_weight_standardization as fold_weight_standardization
     from ws_algorithm.functional import is_weight_standardized as is_weight_standardized
     from ws_algorithm.functional import remove_weight_standardization as remove_weight_standardization
+    from ws_algorithm.group_norm import apply_group_normalization as apply_group_normalization
     from ws_algorithm.inspection import ConvolutionRecord as ConvolutionRecord
     from ws_algorithm.inspection import inspect_convolutions as inspect_convolutions
     from ws_algorithm.once import standardize_once as standardize_once
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _FILE_OF = {
+    "GroupNormalization": "algorithm",
     "WeightStandardization": "algorithm",
     "FORMULAS": "formula",
     "Formula": "formula",
@@ -34,6 +37,7 @@ _FILE_OF = {
     "fold_weight_standardization": "functional",
     "is_weight_standardized": "functional",
     "remove_weight_standardization": "functional",
+    "apply_group_normalization": "group_norm",
     "ConvolutionRecord": "inspection",
     "inspect_convolutions": "inspection",
     "WeightStandardizer": "parametrization",

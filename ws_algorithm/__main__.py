@@ -62,7 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("evaluate", help="evaluate a run or a checkpoint", description="Evaluate a checkpoint.")
     evaluate.add_argument("recipe", metavar="run|recipe", help="the folder of a run, or a recipe with load_path=FILE")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.add_argument("--per-class", action="store_true", help="print the accuracy of each class too")
     evaluate.set_defaults(run=_evaluate)
+
+    plot = verbs.add_parser("plot", help="draw the curves of runs", description="Draw runs over each other in a PNG.")
+    plot.add_argument("runs", nargs="+", metavar="run", help="the folder of a run")
+    plot.add_argument("--output", default="curves.png", metavar="FILE", help="the PNG (curves.png)")
+    plot.set_defaults(run=_plot)
 
     inspect = verbs.add_parser(
         "inspect",
@@ -115,20 +121,33 @@ def _add_benchmark(verbs: Any) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
-        from ws_algorithm.recipes.resolve import resolve_recipe
-        from ws_algorithm.recipes.schema import to_yaml
-
-        print(to_yaml(resolve_recipe(options.recipe, options.overrides)), end="")
+        _print_resolved(options)
         return
     from ws_algorithm.recipes.train import train
 
     train(options.recipe, options.overrides)
 
 
+def _print_resolved(options: argparse.Namespace) -> None:
+    from ws_algorithm.recipes.catalogue import find_recipe
+    from ws_algorithm.recipes.reading import lineage
+    from ws_algorithm.recipes.resolve import resolve_recipe
+    from ws_algorithm.recipes.schema import to_yaml
+
+    text = to_yaml(resolve_recipe(options.recipe, options.overrides))
+    print(f"# {lineage(find_recipe(options.recipe))}\n{text}", end="")
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from ws_algorithm.recipes.evaluate import evaluate
 
-    evaluate(options.recipe, options.overrides)
+    evaluate(options.recipe, options.overrides, per_class=options.per_class)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from ws_algorithm.recipes.plot import plot
+
+    plot(options.runs, options.output)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -139,7 +158,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from ws_algorithm.recipes.benchmark import LISTS, benchmark, contestants_of, plan
+    from ws_algorithm.recipes.benchmark import LISTS, benchmark, contestants_of, plan, prepare_output
     from ws_algorithm.recipes.overhead import check_repeats
 
     try:
@@ -147,6 +166,8 @@ def _benchmark(options: argparse.Namespace) -> None:
         cases = plan(lists, options.device, options.preset, options.channels_last)
         contestants = contestants_of(options.contestants)
         check_repeats(options.repeats)
+        if options.output is not None:
+            prepare_output(options.output)
     except ValueError as error:
         print(f"ws-algorithm benchmark: {error}", file=sys.stderr)
         sys.exit(2)

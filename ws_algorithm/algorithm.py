@@ -1,10 +1,8 @@
-"""Weight Standardization as a Composer algorithm: at any place of a Trainer's list, and alike on all ranks."""
+"""Weight Standardization and Group Normalization as Composer algorithms, beside others and alike on all ranks."""
 
 from __future__ import annotations
 
-import inspect
 import logging
-from types import FrameType
 
 try:
     from composer.core import Algorithm, Event, State
@@ -13,21 +11,24 @@ except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "composer":
         raise
     raise ModuleNotFoundError(
-        "`WeightStandardization` is an algorithm for Composer's Trainer, which is not installed: pip install mosaicml. "
-        "Without Composer, use `apply_weight_standardization(model)`.",
+        "`WeightStandardization` and `GroupNormalization` are algorithms for Composer's Trainer, which is not "
+        "installed: pip install mosaicml. Without Composer, use `apply_weight_standardization(model)` and "
+        "`apply_group_normalization(model)`.",
         name=error.name,
     ) from error
 
-from composer import Trainer
 from composer.algorithms import EMA, SWA, LayerFreezing
 from composer.utils import dist
 from torch import nn
 
 from ws_algorithm.formula import Formula, resolve_formula
 from ws_algorithm.functional import check_selection, standardize_selection
+from ws_algorithm.group_norm import replace_batch_norms
+from ws_algorithm.group_norm_rules import GroupNormRules, Indivisible
 from ws_algorithm.layers import standardizers_of
-from ws_algorithm.once import OnceSession, why_not_once
-from ws_algorithm.selection import Layers, Patterns, Rules, Selection, select_convolutions
+from ws_algorithm.patterns import Patterns
+from ws_algorithm.selection import Layers, Rules, Selection, select_convolutions
+from ws_algorithm.training_step import TrainingStep
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class WeightStandardization(Algorithm):
         self.once_per_step = once_per_step
         self._standardized: dict[str, nn.Module] = {}
         self._is_check_due = False
-        self._step: _Step | None = None
+        self._step: TrainingStep | None = None
 
     def __repr__(self) -> str:
         rules = self.rules
@@ -119,7 +120,7 @@ class WeightStandardization(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:  # others may still come on this event
             self._is_check_due = True
-            self._step = _Step(state) if self.once_per_step else None
+            self._step = TrainingStep(state) if self.once_per_step else None
             return
         if event == Event.BATCH_START:
             self._is_check_due = False
@@ -129,89 +130,80 @@ class WeightStandardization(Algorithm):
         count = standardize_selection(selection, self._resolved_formula)
         self._standardized = {str(c): c.module for c in selection.choices if standardizers_of(c.module)}
         logger.log_hyperparameters({"WeightStandardization/num_weights_standardized": count})
-        for algorithm in state.algorithms:
-            if isinstance(algorithm, (EMA, SWA)):  # their copies of the model need the parameters it has now
-                algorithm.apply(Event.INIT, state, logger)
-            if isinstance(algorithm, LayerFreezing):
-                log.warning("LayerFreezing freezes layers without parts only, so it never freezes one standardized.")
+        _copy_model_again(state, logger)
+        if any(isinstance(algorithm, LayerFreezing) for algorithm in state.algorithms):
+            log.warning("LayerFreezing freezes layers without parts only, so it never freezes one standardized.")
 
 
-class _Step:
-    """Standardizes once per optimizer step, from the first micro-batch of a batch to the last.
+class GroupNormalization(Algorithm):
+    """Replace the batch norms of the Trainer's model by GroupNorms, before training starts.
 
-    It follows the events as Composer asks the algorithms which of them match, before it runs the first: whatever the
-    order of the list, gradients are projected before any algorithm reads them.
+    Runs on ``Event.INIT``; see :func:`~ws_algorithm.group_norm.apply_group_normalization`. Logs the hyperparameter
+    ``GroupNormalization/num_layers_replaced``.
 
-    Weights are lent from the moment that the Trainer announces a forward until the end of the backward, and only while
-    the Trainer is at it: if an exception has ended the batch in between, what others then do with the model is computed
-    by autograd.
+    Its place beside :class:`WeightStandardization`, surgery on convolutions, EMA and SWA does not matter. Name it
+    before Composer's LowPrecisionGroupNorm, which takes the GroupNorms that are there when it runs. The batch norms of
+    GhostBatchNorm are left alone.
+
+    A checkpoint of a run with this algorithm needs the algorithm again when it is loaded (``required_on_load()`` is
+    ``True``). Composer finds algorithms to add by itself only among its own, so name it in ``algorithms`` when loading;
+    a resumed run without it would go on with batch norms, since Composer does not load strictly then.
+
+    Args:
+        num_groups: The number of groups of each layer. Default: ``32``.
+        channels_per_group: Instead, the number of channels of each group. Default: ``None``.
+        indivisible: What to do where that does not divide the channels: ``"error"``, or ``"largest_divisor"`` for the
+            largest divisor of the channels that is at most that number. Default: ``"error"``.
+        copy_affine: Whether the values of scale and shift are kept. Default: ``False``.
+        eps: Added to the variance. Default: ``1e-5``.
+        include: Qualified names of layers in the Trainer's model, or ``fnmatch`` patterns; only normalization layers
+            that one of them matches are replaced. ``None`` for no such rule. Default: ``None``.
+        exclude: The same; layers that one of them matches are left alone. Default: ``None``.
+
+    Raises:
+        ValueError: If an argument is not of that kind; from the Trainer, if a batch norm cannot be replaced.
+
+    Source: https://arxiv.org/abs/1803.08494.
+
+    Example:
+        >>> GroupNormalization(16, indivisible="largest_divisor").rules.groups_of(24)
+        12
     """
 
-    def __init__(self, state: State) -> None:
-        self._reason = why_not_once(state.model)
-        self._may_defer = not _perturbs_weights_per_rank(state)
-        self._session: OnceSession | None = None
-        self._batch: FrameType | None = None
-        self._is_lending = False
-        if self._reason is not None:
-            log.warning("Weights are standardized in every forward, not once per step: %s.", self._reason)
-        elif not self._may_defer:
-            log.warning(
-                "Gradients are projected in every backward, not once per step: an optimizer with closures (SAM) may "
-                "give each rank other weights."
-            )
+    def __init__(
+        self,
+        num_groups: int = 32,
+        *,
+        channels_per_group: int | None = None,
+        indivisible: Indivisible = "error",
+        copy_affine: bool = False,
+        eps: float = 1e-5,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+    ) -> None:
+        self.rules = GroupNormRules(num_groups, channels_per_group, indivisible, copy_affine, eps, include, exclude)
 
-    def follow(self, event: Event, state: State) -> None:
-        if event == Event.BEFORE_TRAIN_BATCH and self._reason is None:
-            self._end()  # one that an exception has left, such as running out of memory
-            self._begin(state)
-        elif event == Event.BEFORE_FORWARD:
-            self._is_lending = True
-        elif event == Event.AFTER_BACKWARD:
-            self._is_lending = False
-        elif event == Event.AFTER_TRAIN_BATCH:
-            self._end()
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rules})"
 
-    def _begin(self, state: State) -> None:
-        self._session = OnceSession(state.model, self._may_defer)
-        self._session.lend_while(self._is_in_micro_batch)
-        self._session.open()
-        self._batch, self._is_lending = _frame_of_batch(), False
-
-    def _is_in_micro_batch(self) -> bool:
-        if self._batch is None or _is_running(self._batch):
-            return self._is_lending
-        self._end()
-        return False
-
-    def _end(self) -> None:
-        self._batch, self._is_lending = None, False
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-
-
-def _frame_of_batch() -> FrameType | None:
-    """The call of the Trainer's method for the micro-batches of one batch that this call is part of."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not Trainer._train_microbatches.__code__:
-        frame = frame.f_back
-    return frame
-
-
-def _is_running(frame: FrameType) -> bool:
-    """Whether a call has neither returned nor raised; clearing is refused while it runs, and harmless afterwards."""
-    try:
-        frame.clear()
-    except RuntimeError:
+    @staticmethod
+    def required_on_load() -> bool:
         return True
-    return False
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        count = replace_batch_norms(state.model, self.rules, state.optimizers)
+        logger.log_hyperparameters({"GroupNormalization/num_layers_replaced": count})
+        _copy_model_again(state, logger)
 
 
-def _perturbs_weights_per_rank(state: State) -> bool:
-    """Whether ranks compute gradients at weights of their own, so that a mean of gradients is not to be projected."""
-    takes_closure = (getattr(optimizer, "_step_supports_amp_closure", False) for optimizer in state.optimizers)
-    return dist.get_world_size() > 1 and any(takes_closure)
+def _copy_model_again(state: State, logger: Logger) -> None:
+    """EMA and SWA copy the model on ``Event.INIT``; their copies need the parameters and buffers that it has now."""
+    for algorithm in state.algorithms:
+        if isinstance(algorithm, (EMA, SWA)):
+            algorithm.apply(Event.INIT, state, logger)
 
 
 class _AtTheEnd(Algorithm):

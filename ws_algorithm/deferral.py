@@ -37,7 +37,9 @@ class Deferral:
         self.projected_because: str | None = None
         self.backwards = 0
         self._may_own = not raw.is_cuda
-        self._owns_gradient = False  # whether raw.grad began empty, so that no one else expects it to be projected in place
+        self._owns_gradient = (
+            False  # whether raw.grad began empty, so that no one else expects it to be projected in place
+        )
         self._delivered: dict[int, list[Tensor]] = {}  # what was passed on, by the backward that is under way
         self._lock = threading.Lock()
         self._hook: Any = None
@@ -59,10 +61,8 @@ class Deferral:
 
     def forget(self) -> None:
         """Have the raw weight standardized again: it may have been written to in a way that PyTorch does not count."""
-        if self.held is not None:
-            self.held.distrust()
-            self.settle()
-            self.held = None
+        self.settle()
+        self.held = None
 
     def join(self, ddp: DistributedDataParallel) -> None:
         """Take account of a ``DistributedDataParallel`` that reduces the gradient into memory of its own."""
@@ -126,7 +126,6 @@ class Deferral:
         assert self.held is not None
         deferred = torch.stack(delivered).sum(0)
         return total - deferred + self.held.project(deferred)
-
 
     def settle_by_replacing(self) -> bool:
         """Settle with a new tensor as ``raw.grad``, where no one expects it to stay the same tensor.

@@ -16,7 +16,8 @@ from ws_algorithm.parametrization import (
     register_weight_standardizer,
     unregister_weight_standardizer,
 )
-from ws_algorithm.selection import Layers, Patterns, Predicate, Rules, Selection, check_module, select_convolutions
+from ws_algorithm.patterns import Patterns
+from ws_algorithm.selection import Layers, Predicate, Rules, Selection, check_module, select_convolutions
 
 log = logging.getLogger(__name__)
 

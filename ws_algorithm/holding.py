@@ -40,7 +40,6 @@ class HeldWeight:
         self.formula = formula
         self.statistics: Any = None
         self._by_dtype: dict[torch.dtype, tuple[Standardized, int]] = {}
-        self._is_trusted = True
         self._state = _state_of(raw)
         self._alive = raw.detach()  # its memory, so that the samples stay readable
         self._sampled = _view_of_samples(raw)
@@ -51,10 +50,6 @@ class HeldWeight:
         """Hold the standardized value and its statistics, in the dtype that is asked for first."""
         self._by_dtype = {standardized.weight.dtype: (standardized, standardized.weight._version)}
         self.statistics = standardized
-
-    def distrust(self) -> None:
-        """The raw weight may have changed although nothing tells of it."""
-        self._is_trusted = False
 
     def is_current(self, raw: Tensor) -> bool:
         """Whether `raw` is the same weight with the same values as when it was standardized."""
@@ -85,7 +80,7 @@ class HeldWeight:
     @torch.no_grad()
     def weight_then(self, gradient: Tensor) -> Tensor:
         """The raw weight that was standardized, rebuilt if it has changed since."""
-        if self._is_trusted and self.is_current(self.raw):
+        if self.is_current(self.raw):
             return self.raw.detach()
         standardized, mean, scale = self.statistics
         shape = (-1, *[1] * (standardized.ndim - 1))

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ws_algorithm.layers import weight_shape
-from ws_algorithm.selection import ConvolutionChoice, Layers, Patterns, Predicate, Rules, Selection, select_convolutions
+from ws_algorithm.patterns import Patterns
+from ws_algorithm.selection import ConvolutionChoice, Layers, Predicate, Rules, Selection, select_convolutions
 from ws_algorithm.tracing.execution import Found
 
 

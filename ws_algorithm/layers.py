@@ -140,6 +140,11 @@ def is_elementary(layer: nn.Module) -> bool:
     return _is_of_torch(layer.forward) and next(of_interest, None) is None
 
 
+def has_forward_of_torch(layer: nn.Module) -> bool:
+    """Whether the forward of a layer was written in ``torch.nn``, not by a class that derives from one of its."""
+    return _is_of_torch(layer.forward)
+
+
 def _is_of_torch(forward: Any) -> bool:
     """Whether a method was written in ``torch.nn``."""
     return _home_of(forward).split(".")[:2] == ["torch", "nn"]

@@ -85,11 +85,10 @@ class WeightStandardizer(nn.Module):
     def train(self, mode: bool = True) -> WeightStandardizer:
         """Set the mode; what is held is computed again, which also notices edits that PyTorch does not count.
 
-        Inside :func:`~ws_algorithm.once.standardize_once` only where the mode changes: loops set it for every batch.
+        Not what is held for :func:`~ws_algorithm.once.standardize_once`: the Trainer's training metrics change the mode
+        in every micro-batch.
         """
         self.memory.held = None
-        if self.memory.loan is not None and mode != self.training:
-            self.memory.loan.deferral.forget()
         return super().train(mode)
 
     def right_inverse(self, weight: Tensor) -> Tensor:

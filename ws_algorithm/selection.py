@@ -6,11 +6,9 @@ eval mode, on random states or on whether forward can be traced.
 
 from __future__ import annotations
 
-import difflib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,10 +25,10 @@ from ws_algorithm.layers import (
     standardizers_of,
     weight_shape,
 )
+from ws_algorithm.patterns import Patterns, check_patterns, check_that_all_match, names_of, reason_by_patterns
 from ws_algorithm.tracing.execution import Place, execution_of
 
 Layers = Literal["all", "normalized"]
-Patterns = str | Sequence[str]
 Predicate = Callable[[str, nn.Module], bool]
 
 # By class: the function of torch.nn.utils.parametrizations that puts it on a weight
@@ -69,7 +67,7 @@ class Rules:
         if self.layers not in get_args(Layers):
             raise ValueError(f"`layers` (={self.layers!r}) must be one of {', '.join(map(repr, get_args(Layers)))}.")
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
+            object.__setattr__(self, name, check_patterns(name, getattr(self, name)))
         if self.predicate is not None and not callable(self.predicate):
             raise ValueError(f"`predicate` (={self.predicate!r}) must be a function of a name and a module, or None.")
 
@@ -138,7 +136,8 @@ def select_convolutions(module: nn.Module, rules: Rules, example_input: Any = No
     """
     names = _names_of_convolutions(module)
     for argument in ("include", "exclude"):
-        _check_that_all_match(argument, getattr(rules, argument) or (), module, names)
+        patterns = getattr(rules, argument)
+        check_that_all_match(argument, patterns, module, names, "convolutions", "inspect_convolutions")
     execution = execution_of(module, example_input)
     count = len(execution.places)
     last = set(list(execution.places)[max(count - rules.n_last_layers_ignore, 0) :])
@@ -179,50 +178,10 @@ def check_module(module: Any) -> None:
         raise ValueError("`module` is a torch.jit.ScriptModule; standardize the model before scripting or tracing it.")
 
 
-def _check_patterns(argument: str, patterns: Any) -> tuple[str, ...] | None:
-    if patterns is None:
-        return None
-    items: list[Any] = [patterns]
-    if isinstance(patterns, Iterable) and not isinstance(patterns, str):
-        items = list(patterns)
-    if not all(isinstance(item, str) for item in items):
-        raise ValueError(
-            f"`{argument}` (={patterns!r}) must be a name of a layer or a pattern such as 'head.*', or a list of them."
-        )
-    if not items:
-        raise ValueError(f"`{argument}` (={patterns!r}) must name at least one layer. Use None for no such rule.")
-    return tuple(items)
-
-
 def _names_of_convolutions(module: nn.Module) -> dict[nn.Module, list[str]]:
     """All qualified names of each convolution."""
     check_module(module)
-    names: dict[nn.Module, list[str]] = {}
-    for name, child in module.named_modules(remove_duplicate=False):
-        if is_convolution(child):
-            names.setdefault(child, []).append(name)
-    return names
-
-
-def _matches(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a pattern matches one of the names, or is the name of a module that contains one of them."""
-    return any(name == pattern or fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in names)
-
-
-def _check_that_all_match(argument: str, patterns: Any, module: nn.Module, names: dict[nn.Module, list[str]]) -> None:
-    for pattern in patterns:
-        if any(_matches(pattern, aliases) for aliases in names.values()):
-            continue
-        every_name = [name for aliases in names.values() for name in aliases]
-        containers = [name for name, _ in module.named_modules() if any(n.startswith(f"{name}.") for n in every_name)]
-        behind = [name for name in containers + every_name if f".{name}".endswith(f".{pattern}")]
-        behind += [name for name in containers + every_name if name and f".{pattern}".endswith(f".{name}")]
-        close = behind[:3] or difflib.get_close_matches(pattern, every_name + containers, n=3)
-        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "inspect_convolutions lists the names."
-        raise ValueError(
-            f"`{argument}` has {pattern!r}, which matches none of the {len(names)} convolutions of "
-            f"{type(module).__name__}. {hint}"
-        )
+    return names_of(module, filter(is_convolution, module.modules()))
 
 
 def _reason_to_skip(conv: nn.Module) -> str | None:
@@ -239,11 +198,9 @@ def _reason_to_skip(conv: nn.Module) -> str | None:
 
 
 def _reason_to_leave_out(names: list[str], conv: nn.Module, place: Place, rules: Rules) -> str | None:
-    for pattern in rules.exclude or ():
-        if _matches(pattern, names):
-            return f"exclude={pattern!r}"
-    if rules.include is not None and not any(_matches(pattern, names) for pattern in rules.include):
-        return f"not in include={list(rules.include)}"
+    by_name = reason_by_patterns(names, rules.include, rules.exclude)
+    if by_name is not None:
+        return by_name
     if rules.layers == "normalized" and place.norm is None:
         if place.undecided:
             return "layers='normalized': not known to be followed by a norm"

@@ -163,3 +163,13 @@ def test_the_script_needs_torch_and_torchvision_alone():
     assert "eval without timm: timm.layers.std_conv cannot be imported" in done.stdout
     rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
     assert rows == ["| contestant", "| ---", "| none", "| folded"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "--image-sizes", "32", "--output", str(tmp_path / "file" / "results")])
+
+    output = capsys.readouterr()
+    assert "`output` (=" in output.err and "Not a directory" in output.err and not output.out

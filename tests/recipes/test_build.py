@@ -133,3 +133,10 @@ def test_a_device_gets_its_share_of_a_batch(monkeypatch):
     spec = build.build_data("quickstart", recipe, "train_dataloader", training=True)
 
     assert spec is not None and len(next(iter(spec.dataloader))[1]) == 16 // 2
+
+
+def test_data_of_more_classes_than_the_model_has_are_a_mistake():
+    recipe = resolve_recipe("cifar10/resnet20_bn", ["root=synthetic", "model.num_classes=7"])
+
+    with pytest.raises(RecipeError, match=r"`model.num_classes` \(=7\) is less than the 10 of `train_dataloader`\."):
+        build.build_data("recipe", recipe, "train_dataloader", training=True)

@@ -36,7 +36,8 @@ def test_shipped_recipes_open_with_what_they_are(path):
 
     assert first == f"# {describe(path)}"
     assert describe(path) and second == "#"
-    assert f"ws-algorithm train {path.relative_to(shipped_folder()).with_suffix('').as_posix()}" in path.read_text()
+    name = path.relative_to(shipped_folder()).with_suffix("").as_posix()
+    assert any(f"{command} train {name}" in path.read_text() for command in ("ws-algorithm", "ws_algorithm"))
 
 
 def test_a_description_is_the_first_comment():

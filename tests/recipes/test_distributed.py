@@ -6,21 +6,25 @@ from pathlib import Path
 
 import torch
 
+from ws_algorithm.recipes.evaluate import evaluate
 from ws_algorithm.recipes.report import read_metrics
 from ws_algorithm.recipes.train import train
 
 from .runs import CHECKOUT, FEW, environment, load_weights
+from .texts import class_rows
 
 SCRIPT = """
 import hashlib, sys
 from pathlib import Path
 from composer.utils import dist
+from ws_algorithm.recipes.evaluate import evaluate
 from ws_algorithm.recipes.train import train
 
 trainer = train("quickstart", sys.argv[1:])
 data = b"".join(parameter.detach().numpy().tobytes() for parameter in trainer.state.model.parameters())
 hashes = dist.all_gather_object(hashlib.sha256(data).hexdigest())
 Path(f"rank{dist.get_global_rank()}.txt").write_text(" ".join(hashes))
+evaluate("two", ["eval_dataloader.split=train", "global_eval_batch_size=1436"], per_class=True)
 """
 
 
@@ -43,11 +47,11 @@ def test_the_command_trains_in_two_processes():
     assert load_weights(folder / "latest-rank0.pt").keys() == load_weights(folder / "best.pt").keys()
 
 
-def test_both_processes_have_the_weights_that_one_would_have():
+def test_both_processes_have_the_weights_that_one_would_have(capsys):
     overrides = [*FEW, "train_dataloader.augment=false", "schedulers=null"]
     Path("script.py").write_text(SCRIPT)
 
-    launch("script.py", *overrides, "save_folder=two")
+    printed = launch("script.py", *overrides, "save_folder=two")
     train("quickstart", [*overrides, "save_folder=one"])
 
     first, second = (Path(f"rank{rank}.txt").read_text().split() for rank in (0, 1))
@@ -59,3 +63,10 @@ def test_both_processes_have_the_weights_that_one_would_have():
         read_metrics(Path(f) / "metrics.jsonl")[-1]["metrics/eval/MulticlassAccuracy"] for f in ("one", "two")
     ]
     assert accuracies[0] == accuracies[1]
+
+    # 1,437 images: the sampler repeats one of them, which is alone in the last batch of the second process
+    capsys.readouterr()
+    evaluate("two", ["eval_dataloader.split=train", "global_eval_batch_size=1437"], per_class=True)
+    classes = class_rows(capsys.readouterr().out)
+    assert class_rows(printed) == classes
+    assert sum(images for _, images, _ in classes) == 1437

@@ -1,10 +1,8 @@
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from ws_algorithm.recipes.report import draw_curves, format_table, images_per_second, read_metrics, summary_table
+from ws_algorithm.recipes.report import format_table, images_per_second, is_accuracy, read_metrics, summary_table
 
 LOSS = "loss/train/total"
 ACCURACY = "metrics/eval/Accuracy"
@@ -96,46 +94,30 @@ def test_a_table_has_aligned_columns():
     assert format_table(("metric", "last", "best"), [("a", "1", "")]).splitlines()[1] == "a          1"
 
 
-def colours_of(path) -> int:
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        pixels = np.asarray(image.convert("RGB"))
-    assert min(pixels.shape[:2]) > 200
-    return len(np.unique(pixels.reshape(-1, 3), axis=0))
+@pytest.mark.parametrize("line", ['{"batch": 2, "epo', "", "no json", "[1]", "7", '{"batch": 2}', '{"epoch": 2}'])
+def test_a_line_that_is_none_of_a_run_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"batch": 1, "epoch": 0.5}}\n{line}\n')
+
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is "):
+        read_metrics(path)
 
 
-def width_of(path) -> int:
-    with Image.open(path) as image:
-        return image.width
+def test_bytes_that_are_no_text_are_a_line_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+
+    with pytest.raises(ValueError, match="line 1 is no JSON"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_curves_are_a_picture(tmp_path):
-    draw_curves(two_epochs(), tmp_path / "curves.png", "two epochs")
+def test_accuracies_are_known_by_their_names():
+    names = ["MulticlassAccuracy", "Top5Accuracy", "CrossEntropy", "MeanAveragePrecision", "AccuracyLoss"]
 
-    assert colours_of(tmp_path / "curves.png") > 10
-    assert list(tmp_path.iterdir()) == [tmp_path / "curves.png"]
-
-
-def test_each_metric_has_a_panel(tmp_path):
-    without = [{name: value for name, value in row.items() if name not in (ACCURACY, ERROR)} for row in two_epochs()]
-    draw_curves(two_epochs(), tmp_path / "four.png", "loss, accuracy, error, learning rate")
-    draw_curves(without, tmp_path / "two.png", "loss, learning rate")
-
-    assert width_of(tmp_path / "four.png") == 2 * width_of(tmp_path / "two.png")
+    assert [name for name in names if is_accuracy(name)] == ["MulticlassAccuracy", "Top5Accuracy"]
 
 
-def test_curves_of_many_batches_are_smoothed(tmp_path):
-    rows = [{"epoch": batch / 100, "batch": batch, LOSS: 1 + (-1.0) ** batch} for batch in range(1, 201)]
-    draw_curves(rows, tmp_path / "curves.png", "two hundred batches")
+def test_a_last_line_that_is_being_written_does_not_count(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 0.5, "batch": 1, "loss/train/total": 2.0}\n{"epoch": 1.0, "batch": 2, "loss/tr')
 
-    assert colours_of(tmp_path / "curves.png") > 10
-
-
-def test_curves_without_rows_are_drawn_too(tmp_path):
-    draw_curves([], tmp_path / "curves.png", "nothing yet")
-
-    assert colours_of(tmp_path / "curves.png") > 1
-
-
-def test_a_run_leaves_a_picture_of_itself(finished_run):
-    assert colours_of(finished_run / "curves.png") > 10
+    assert read_metrics(path) == [{"epoch": 0.5, "batch": 1, "loss/train/total": 2.0}]

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.schema import (
     FIELDS,
     Recipe,
@@ -11,7 +12,6 @@ from ws_algorithm.recipes.schema import (
     did_you_mean,
     first_line,
     nearest,
-    read_recipe,
     to_yaml,
 )
 
@@ -103,7 +103,7 @@ def test_an_unknown_key_names_the_nearest(key, meant):
 def test_a_key_like_no_other_lists_all_there_are():
     (mistake,) = mistakes(recipe_text(zzz="1"))
 
-    assert mistake == f"`zzz`: unknown key. Choose from: {', '.join(FIELDS)}."
+    assert mistake == f"`zzz`: unknown key. Choose from: {', '.join([*FIELDS, 'base'])}."
 
 
 @pytest.mark.parametrize("name", REQUIRED)

@@ -16,9 +16,10 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from ws_algorithm.recipes import registry
+from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.report import read_metrics
 from ws_algorithm.recipes.resolve import resolve_recipe
-from ws_algorithm.recipes.schema import RecipeError, read_recipe
+from ws_algorithm.recipes.schema import RecipeError
 from ws_algorithm.recipes.train import train
 
 from .runs import FEW, environment, is_same, load_state, load_weights, metric_rows
@@ -33,6 +34,7 @@ def test_the_folder_has_the_recipe_checkpoints_metrics_curves_and_log(finished_r
         "latest-rank0.pt",
         "best.pt",
         "metrics.jsonl",
+        "epochs.tsv",
         "curves.png",
         "log.txt",
     }

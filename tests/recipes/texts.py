@@ -1,9 +1,10 @@
-"""Recipes written out in a test, and what is wrong with them."""
+"""Recipes written out in a test, and what is wrong with them; tables that were printed."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from ws_algorithm.recipes.schema import Recipe, RecipeError, read_recipe
+from ws_algorithm.recipes.reading import read_recipe
+from ws_algorithm.recipes.schema import Recipe, RecipeError
 
 
 def recipe_text(lines: Sequence[str] = (), **replaced: str) -> str:
@@ -30,3 +31,10 @@ def mistakes(text: str, *overrides: str) -> list[str]:
         return read(text, *overrides)[1]
     except RecipeError as error:
         return error.errors
+
+
+def class_rows(printed: str) -> list[tuple[str, int, float]]:
+    """The table of classes in what `evaluate` printed: name, images, accuracy."""
+    _, _, table = printed.partition("class  images  accuracy\n")
+    rows = [line.split() for line in table.partition("\n\n")[0].splitlines()]
+    return [(name, int(images), float(accuracy)) for name, images, accuracy in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,13 +16,20 @@ from composer.utils import dist
 from torch import nn
 
 from ws_algorithm.recipes import registry
+from ws_algorithm.recipes.freezing import freeze
 from ws_algorithm.recipes.parameter_groups import parameter_groups
 from ws_algorithm.recipes.schema import Recipe, RecipeError
 from ws_algorithm.recipes.signatures import check_arguments
 
+NO_OPTIONS = ("params", "lr_factor")  # keys of a parameter group that are no arguments of the optimizer
+
 
 def build_model(recipe: Recipe) -> ComposerModel:
-    return _build(registry.MODELS, recipe.model)
+    """The model, with those of its parameters frozen that the recipe says."""
+    model = _build(registry.MODELS, recipe.model)
+    if recipe.freeze:
+        freeze(model, recipe.freeze)
+    return model
 
 
 def _build_dataspec(recipe: Recipe, block: dict[str, Any], *, training: bool) -> DataSpec:
@@ -42,14 +50,19 @@ def build_data(source: str, recipe: Recipe, key: str, *, training: bool) -> Data
     if block is None:
         return None
     try:
-        return _build_dataspec(recipe, block, training=training)
+        spec = _build_dataspec(recipe, block, training=training)
     except ValueError as error:
         raise RecipeError(source, [f"`{key}`: {error}"]) from error
+    classes = getattr(getattr(spec.dataloader, "dataset", None), "classes", ())
+    outputs = recipe.model.get("num_classes")
+    if isinstance(outputs, int) and len(classes) > outputs:
+        raise RecipeError(source, [f"`model.num_classes` (={outputs}) is less than the {len(classes)} of `{key}`."])
+    return spec
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     block = dict(recipe.optimizers)
-    groups = [_typed_group(block["name"], group) for group in block.pop("param_groups", None) or []]
+    groups = [_typed_group(block, group) for group in block.pop("param_groups", None) or []]
     params = [group for group in parameter_groups(model, groups) if group["params"]]
     return _build(registry.OPTIMIZERS, block, params=params)
 
@@ -75,14 +88,33 @@ def build_loggers(recipe: Recipe) -> list[LoggerDestination]:
     return _build_each(registry.LOGGERS, blocks)
 
 
-def group_options(group: dict[str, Any]) -> dict[str, Any]:
-    """What a parameter group says of the optimizer, without which parameters are in it."""
-    return {option: value for option, value in group.items() if option != "params"}
+def group_options(optimizer: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter group says of the optimizer, without which parameters are in it.
+
+    ``lr_factor`` is not an option of optimizers: the ``lr`` that it stands for takes its place.
+    """
+    options = {option: value for option, value in group.items() if option not in NO_OPTIONS}
+    if "lr_factor" in group:
+        lr = learning_rate(optimizer)
+        assert lr is not None, "a resolved recipe has no mistakes"
+        options["lr"] = float(group["lr_factor"]) * lr
+    return options
 
 
-def _typed_group(optimizer: str, group: dict[str, Any]) -> dict[str, Any]:
+def learning_rate(optimizer: dict[str, Any]) -> float | None:
+    """The learning rate of an optimizer block, or that of its class, or ``None`` if neither says a number."""
+    parameter = inspect.signature(registry.OPTIMIZERS[optimizer["name"]]).parameters.get("lr")
+    value: Any = optimizer.get("lr", parameter.default if parameter is not None else None)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _typed_group(optimizer: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """A parameter group with its options as the optimizer takes them: ``"1e-3"`` is 0.001."""
-    converted, _ = check_arguments(registry.OPTIMIZERS[optimizer], group_options(group), ("params",))
+    options = group_options(optimizer, group)
+    converted, _ = check_arguments(registry.OPTIMIZERS[optimizer["name"]], options, ("params",))
     return {"params": group.get("params"), **converted}
 
 

@@ -29,21 +29,37 @@ def describe(path: Path) -> str:
     return first.lstrip("# ").strip()
 
 
-def find_recipe(name: str) -> Path:
+def name_of(path: Path) -> str:
+    """What a recipe is called: the name of a shipped one, or the path of the file."""
+    folder = shipped_folder().resolve()
+    if path.resolve().is_relative_to(folder):
+        return path.resolve().relative_to(folder).with_suffix("").as_posix()
+    return str(path)
+
+
+def find_recipe(name: str, folder: Path | None = None, key: str = "recipe") -> Path:
     """The file of a recipe, given as a path to a YAML file or by the name of a shipped one.
+
+    Args:
+        name: What is given.
+        folder: What a path is relative to. Default: the current folder.
+        key: What the error calls `name`. Default: ``"recipe"``.
 
     Raises:
         ValueError: If there is neither; names what is close.
     """
-    path = Path(name).expanduser()
+    folder = Path() if folder is None else folder
+    path = folder / Path(name).expanduser()
     if os.path.isfile(path):
         return path
     shipped = shipped_recipes()
     plain = name.removeprefix("yamls/").removesuffix(".yaml")
-    if plain in shipped and not path.is_absolute():
+    if plain in shipped and not Path(name).expanduser().is_absolute():
         return shipped[plain]
     if os.path.isdir(path):
-        raise ValueError(f"`recipe` (={name!r}) is a folder; name a YAML file in it, or a shipped recipe.")
+        raise ValueError(f"`{key}` (={name!r}) is a folder; name a YAML file in it, or a shipped recipe.")
+    files = sorted(file.name for file in folder.glob("*.yaml"))
     close = difflib.get_close_matches(plain, shipped, n=3, cutoff=0.5)
+    close += difflib.get_close_matches(Path(name).name, files, n=1, cutoff=0.7)
     hint = f"Did you mean {' or '.join(close)}?" if close else "`ws-algorithm recipes` lists those that ship."
-    raise ValueError(f"`recipe` (={name!r}) is neither a file nor the name of a shipped recipe. {hint}")
+    raise ValueError(f"`{key}` (={name!r}) is neither a file nor the name of a shipped recipe. {hint}")

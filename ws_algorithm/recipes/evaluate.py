@@ -10,26 +10,40 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.core import DataSpec
+from composer.models import ComposerModel
 from composer.utils import dist, get_device, reproducibility
+from torchmetrics import Metric
 
 from ws_algorithm.recipes import build, report, run_folder
+from ws_algorithm.recipes.metrics import SOURCE, published_figures
+from ws_algorithm.recipes.per_class import (
+    class_names,
+    measure_per_class,
+    per_class_metric,
+    per_class_table,
+    take_per_class,
+)
 from ws_algorithm.recipes.resolve import resolve_recipe
 from ws_algorithm.recipes.schema import Recipe, RecipeError, in_one_line
 
 
-def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
+def evaluate(source: str, overrides: Sequence[str] = (), *, per_class: bool = False) -> dict[str, float]:
     """Evaluate a checkpoint on the evaluation data of its recipe and print the metrics.
+
+    Beside them stand the figures that were published for the recipe, if it has some.
 
     Args:
         source: The folder of a run, whose best checkpoint is taken (the last if there is no best one); or a recipe,
             with the checkpoint as ``load_path``.
         overrides: ``key=value`` lines.
+        per_class: Whether to print the accuracy of each class too.
 
     Returns:
         Metric values by name.
 
     Raises:
-        RecipeError: If the recipe has mistakes, or has no evaluation data or no checkpoint.
+        RecipeError: If the recipe has mistakes, has no evaluation data or no checkpoint, or its model does not say how
+            to measure each class.
     """
     folder = Path(source).expanduser()
     in_folder = (folder / run_folder.RECIPE).is_file()
@@ -50,20 +64,39 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> dict[str, float]:
     data = build.build_data(source, recipe, "eval_dataloader", training=False)
     with build.cpu_threads(recipe):
         try:
-            trainer = _build_trainer(recipe, data, checkpoint)
+            trainer, model = _build_trainer(recipe, data, checkpoint)
         except Exception as error:  # whatever Composer says of the arguments or of the checkpoint
             raise RecipeError(source, [f"`load_path` (={checkpoint!r}): {in_one_line(error)}"]) from error
+        if per_class:
+            measure_per_class(trainer, _metric_of_each_class(source, model))
         trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
+        classes = take_per_class(trainer) if per_class else None
         trainer.close()
     values = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     if dist.get_global_rank() == 0:
-        rows: list[tuple[str, ...]] = [(name, f"{value:.4f}") for name, value in values.items()]
-        print(report.format_table(("metric", "value"), rows))
+        _print_values(recipe, values)
+        if classes is not None:
+            header, rows = per_class_table(class_names(data, len(classes[0])), *classes)
+            print(f"\n{report.format_table(header, rows)}")
         print(f"\ncheckpoint  {checkpoint}")
     return values
 
 
-def _build_trainer(recipe: Recipe, data: DataSpec | None, checkpoint: str) -> Trainer:
+def _print_values(recipe: Recipe, values: dict[str, float]) -> None:
+    rows: list[tuple[str, ...]] = [(name, f"{value:.4f}") for name, value in values.items()]
+    print(report.format_table(*report.add_published(("metric", "value"), rows, published_figures(recipe))))
+    if recipe.published and SOURCE in recipe.published:
+        print(f"\npublished   {recipe.published[SOURCE]}")
+
+
+def _metric_of_each_class(source: str, model: ComposerModel) -> Metric:
+    try:
+        return per_class_metric(model)
+    except ValueError as error:
+        raise RecipeError(source, [f"--per-class: {error}"]) from error
+
+
+def _build_trainer(recipe: Recipe, data: DataSpec | None, checkpoint: str) -> tuple[Trainer, ComposerModel]:
     reproducibility.seed_all(recipe.seed)
     model = build.build_model(recipe)
     with_algorithms = _state_with_algorithms(Path(checkpoint))
@@ -82,7 +115,7 @@ def _build_trainer(recipe: Recipe, data: DataSpec | None, checkpoint: str) -> Tr
     )
     if with_algorithms is not None and recipe.load_strict_model_weights:  # Composer is strict with weights alone
         model.load_state_dict(with_algorithms["model"])
-    return trainer
+    return trainer, model
 
 
 def _state_with_algorithms(checkpoint: Path) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ws_algorithm.recipes.parameter_names import named_parameters
+
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 
@@ -16,7 +18,8 @@ def parameter_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> l
     """Split the trainable parameters of a model for ``torch.optim``.
 
     Args:
-        model: The model as built, before any surgery renames its parameters.
+        model: The model, with Weight Standardization or without: names are those of the network as it was built, see
+            :func:`~ws_algorithm.recipes.parameter_names.named_parameters`.
         groups: Each ``{"params": selectors, <optimizer option>: <value>, ...}``. A selector is ``"bias"`` (every bias),
             ``"norm"`` (weights and biases of normalization layers) or a pattern on qualified names such as
             ``"layer1.*"``. A parameter belongs to the first group that selects it.
@@ -33,21 +36,24 @@ def parameter_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> l
         >>> [len(group["params"]) for group in groups]
         [2, 2]
     """
-    named = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
-    of_norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
+    everything = named_parameters(model)
+    named = [(name, p) for name, p in everything if p.requires_grad]
+    of_norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()}
     result: list[dict[str, Any]] = []
     taken: set[int] = set()
     for position, group in enumerate(groups):
-        chosen: set[str] = set()
+        chosen: set[int] = set()
         for selector in _selectors(position, group):
-            matches = {name for name, p in named.items() if _selects(selector, name, id(p) in of_norms)}
+            matches = {id(p) for name, p in named if _selects(selector, name, id(p) in of_norms)}
             if not matches:
-                raise ValueError(f"`param_groups[{position}].params` selects nothing with {selector!r}.")
+                frozen = any(_selects(selector, name, id(p) in of_norms) for name, p in everything)
+                problem = f"selects nothing with {selector!r}{': all of it is frozen' if frozen else ''}"
+                raise ValueError(f"`param_groups[{position}].params` {problem}.")
             chosen |= matches
         options = {key: value for key, value in group.items() if key != "params"}
-        result.append({"params": [p for n, p in named.items() if n in chosen and id(p) not in taken], **options})
-        taken |= {id(named[name]) for name in chosen}
-    return [*result, {"params": [p for p in named.values() if id(p) not in taken]}]
+        result.append({"params": [p for _, p in named if id(p) in chosen - taken], **options})
+        taken |= chosen
+    return [*result, {"params": [p for _, p in named if id(p) not in taken]}]
 
 
 def _selectors(position: int, group: Mapping[str, Any]) -> list[str]:

@@ -14,10 +14,22 @@ from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler
 from torch import optim as torch_optim
 
-from ws_algorithm.algorithm import WeightStandardization
-from ws_algorithm.recipes.data.classification import build_digits_dataspec, build_fashion_mnist_dataspec
+from ws_algorithm.algorithm import GroupNormalization, WeightStandardization
+from ws_algorithm.recipes.data.cifar import build_cifar10_dataspec, build_cifar100_dataspec
+from ws_algorithm.recipes.data.digits import build_digits_dataspec
+from ws_algorithm.recipes.data.fashion_mnist import build_fashion_mnist_dataspec
+from ws_algorithm.recipes.data.image_folder import build_image_folder_dataspec, build_imagenet_dataspec
+from ws_algorithm.recipes.data.streaming_images import build_streaming_images_dataspec
+from ws_algorithm.recipes.data.synthetic_images import build_synthetic_images_dataspec
 from ws_algorithm.recipes.early_stopper import EarlyStopper
-from ws_algorithm.recipes.models.classification import build_cifar_resnet
+from ws_algorithm.recipes.models.cifar_alexnet import build_cifar_alexnet
+from ws_algorithm.recipes.models.cifar_densenet import build_cifar_densenet
+from ws_algorithm.recipes.models.cifar_preresnet import build_cifar_preresnet
+from ws_algorithm.recipes.models.cifar_resnet import build_cifar_resnet
+from ws_algorithm.recipes.models.cifar_resnext import build_cifar_resnext
+from ws_algorithm.recipes.models.cifar_vgg import build_cifar_vgg
+from ws_algorithm.recipes.models.cifar_wide_resnet import build_cifar_wide_resnet
+from ws_algorithm.recipes.models.imagenet_resnet import build_imagenet_resnet
 
 Registry = dict[str, Callable[..., Any]]
 
@@ -33,11 +45,24 @@ def _classes(modules: tuple[ModuleType, ...], base: type) -> Registry:
 
 
 MODELS: Registry = {
+    "cifar_alexnet": build_cifar_alexnet,
+    "cifar_densenet": build_cifar_densenet,
+    "cifar_preresnet": build_cifar_preresnet,
     "cifar_resnet": build_cifar_resnet,
+    "cifar_resnext": build_cifar_resnext,
+    "cifar_vgg": build_cifar_vgg,
+    "cifar_wide_resnet": build_cifar_wide_resnet,
+    "imagenet_resnet": build_imagenet_resnet,
 }
 DATA: Registry = {
+    "cifar10": build_cifar10_dataspec,
+    "cifar100": build_cifar100_dataspec,
     "digits": build_digits_dataspec,
     "fashion_mnist": build_fashion_mnist_dataspec,
+    "image_folder": build_image_folder_dataspec,
+    "imagenet": build_imagenet_dataspec,
+    "streaming_images": build_streaming_images_dataspec,
+    "synthetic_images": build_synthetic_images_dataspec,
 }
 # LBFGS evaluates the loss again within a step, SparseAdam takes sparse gradients: the Trainer has neither
 OPTIMIZERS: Registry = {
@@ -46,9 +71,14 @@ OPTIMIZERS: Registry = {
     if name not in ("LBFGS", "SparseAdam")
 }
 SCHEDULERS: Registry = _classes((optim,), ComposerScheduler)
-ALGORITHMS: Registry = _classes((algorithms,), Algorithm) | {"WeightStandardization": WeightStandardization}
+ALGORITHMS: Registry = _classes((algorithms,), Algorithm) | {
+    "GroupNormalization": GroupNormalization,
+    "WeightStandardization": WeightStandardization,
+}
 # Algorithms that replace or rename layers of the model that a recipe builds
-SURGERY = frozenset({"BlurPool", "Factorize", "GhostBatchNorm", "SqueezeExcite", "StochasticDepth"})
+SURGERY = frozenset(
+    {"BlurPool", "Factorize", "GhostBatchNorm", "GroupNormalization", "SqueezeExcite", "StochasticDepth"}
+)
 CALLBACKS: Registry = _classes((callbacks,), Callback) | {"EarlyStopper": EarlyStopper}
 LOGGERS: Registry = _classes((loggers,), LoggerDestination)
 

@@ -1,31 +1,51 @@
-"""Tables and curves from the metrics that a run wrote down."""
+"""The metrics that a run wrote down, and tables of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 Row = dict[str, float]
 
-_EVAL = "metrics/eval/"
-_LOSS = "loss/train/total"
-_ROUNDING = 1e-6  # of epochs, which are written with six digits
+EVAL = "metrics/eval/"
+TRAIN = "metrics/train/"
+TRAIN_LOSS = "loss/train/total"
+LEARNING_RATE = "lr-"
+ROUNDING = 1e-6  # of epochs, which are written with six digits
 
 
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a file of JSON lines, one per batch; a batch that was written twice has its later values.
 
-    Without a file, as for a run that never began, there are none.
+    Without a file, as for a run that never began, there are none. A last line without an end is one that a run is
+    writing, or was writing when it was killed; it does not count.
+
+    Raises:
+        ValueError: If a line is not one that a run writes.
     """
-    if not path.exists():
-        return []
     rows: dict[int, Row] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        rows[row["batch"]] = rows.get(row["batch"], {}) | row
+    for row in read_lines(path):
+        batch = int(row["batch"])
+        rows[batch] = rows.get(batch, {}) | row
     return [rows[batch] for batch in sorted(rows)]
+
+
+def read_lines(path: Path) -> Iterator[Row]:
+    """The lines of such a file as they stand, one after the other. Raises as :func:`read_metrics` does."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} is no JSON: {line.strip()[:60]!r}.") from error
+            if not isinstance(row, dict) or not {"epoch", "batch"} <= row.keys():
+                raise ValueError(f"{path}: line {number} is none of a run, it has no epoch and batch.")
+            yield row
 
 
 def summary_table(rows: list[Row], higher_is_better: dict[str, bool | None]) -> list[tuple[str, str, str, str]]:
@@ -36,20 +56,45 @@ def summary_table(rows: list[Row], higher_is_better: dict[str, bool | None]) -> 
         higher_is_better: By metric; for ``None`` or a metric that is not there lower is better, as for a loss.
     """
     table = []
-    losses = [row[_LOSS] for row in rows if _LOSS in row and row["epoch"] > rows[-1]["epoch"] - 1 + _ROUNDING]
+    losses = [row[TRAIN_LOSS] for row in rows if TRAIN_LOSS in row and row["epoch"] > rows[-1]["epoch"] - 1 + ROUNDING]
     if losses:
         table.append(("train loss", f"{sum(losses) / len(losses):.4f}", "", ""))
-    for name in _names(rows, _EVAL):
+    for name in names_of(rows, EVAL):
         series = [(row["epoch"], row[name]) for row in rows if name in row]
-        pick = max if higher_is_better.get(_label(name)) else min
+        pick = max if higher_is_better.get(label_of(name)) else min
         best_epoch, best = pick(series, key=lambda point: point[1])
-        table.append((_label(name), f"{series[-1][1]:.4f}", f"{best:.4f}", f"{best_epoch:.4g}"))
+        table.append((label_of(name), f"{series[-1][1]:.4f}", f"{best:.4f}", f"{best_epoch:.4g}"))
     return table
+
+
+def names_of(rows: list[Row], prefix: str) -> list[str]:
+    """The names in rows that begin with `prefix`, in the order in which they appear."""
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(prefix)))
+
+
+def label_of(name: str) -> str:
+    """What a reader calls a name in a row."""
+    return "train loss" if name == TRAIN_LOSS else name.removeprefix(EVAL)
+
+
+def is_accuracy(metric: str) -> bool:
+    """Whether a metric is a share of what is right, to judge by its name; one minus it is an error."""
+    return metric.endswith("Accuracy")
 
 
 def images_per_second(rows: list[Row]) -> float | None:
     """Training throughput over the whole run, evaluation not counted."""
     return rows[-1]["sample"] / rows[-1]["seconds"] if rows and rows[-1]["seconds"] else None
+
+
+def add_published(
+    header: tuple[str, ...], table: list[tuple[str, ...]], published: Mapping[str, float]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A table with a last column for the figures that were published, if there are any; rows begin with a metric."""
+    if not published:
+        return header, table
+    rows = [(*row, f"{published[row[0]]:.4f}" if row[0] in published else "") for row in table]
+    return (*header, "published"), rows
 
 
 def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]], right: Collection[int] | None = None) -> str:
@@ -64,56 +109,3 @@ def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]], right: Co
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def draw_curves(rows: list[Row], path: Path, title: str) -> None:
-    """Draw training loss, evaluation metrics and learning rate over epochs into a PNG.
-
-    Args:
-        rows: What :func:`read_metrics` returns.
-        path: The PNG.
-        title: Stands above the curves.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = [(_label(name), [name]) for prefix in (_LOSS, _EVAL) for name in _names(rows, prefix)]
-    panels += [("learning rate", names) for names in [_names(rows, "lr-")] if names]
-    figure = Figure(figsize=(4.2 * max(len(panels), 1), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    for position, (label, names) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), position + 1)
-        for name in names:
-            _draw_series(axes, [(row["epoch"], row[name]) for row in rows if name in row], name)
-        axes.set(xlabel="epoch", title=label)
-        axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def _draw_series(axes: Any, series: list[tuple[float, float]], name: str) -> None:
-    epochs, values = [point[0] for point in series], [point[1] for point in series]
-    if name == _LOSS and len(values) > 50:
-        axes.plot(epochs, values, color="C0", alpha=0.25, linewidth=0.8)
-        axes.plot(epochs, _running_mean(values, len(values) // 50), color="C0")
-    else:
-        axes.plot(epochs, values, marker="o" if len(values) < 40 else None, markersize=3, label=name)
-
-
-def _running_mean(values: list[float], window: int) -> list[float]:
-    """Mean over the last `window` values at each place."""
-    means = []
-    for end in range(1, len(values) + 1):
-        recent = values[max(0, end - window) : end]
-        means.append(sum(recent) / len(recent))
-    return means
-
-
-def _label(name: str) -> str:
-    return "train loss" if name == _LOSS else name.removeprefix(_EVAL)
-
-
-def _names(rows: list[Row], prefix: str) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(prefix)))

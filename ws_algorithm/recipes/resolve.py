@@ -6,6 +6,7 @@ can judge.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,10 +21,11 @@ from torch import nn
 
 from ws_algorithm.algorithm import WeightStandardization
 from ws_algorithm.functional import check_selection
-from ws_algorithm.recipes import build, registry
-from ws_algorithm.recipes.best_checkpoint import monitorable
+from ws_algorithm.recipes import build, freezing, registry
 from ws_algorithm.recipes.catalogue import find_recipe
-from ws_algorithm.recipes.schema import Recipe, RecipeError, check_batch_sizes, did_you_mean, first_line, read_recipe
+from ws_algorithm.recipes.metrics import check_metrics
+from ws_algorithm.recipes.reading import read_recipe
+from ws_algorithm.recipes.schema import Recipe, RecipeError, check_batch_sizes, did_you_mean, first_line
 from ws_algorithm.recipes.signatures import MISSING_VALUE, check_arguments
 from ws_algorithm.recipes.values import check_values
 from ws_algorithm.selection import select_convolutions
@@ -48,7 +50,7 @@ def resolve_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         source: A path to a YAML file, or the name of a shipped recipe.
-        overrides: ``key=value`` lines, see :func:`~ws_algorithm.recipes.schema.read_recipe`.
+        overrides: ``key=value`` lines, see :func:`~ws_algorithm.recipes.reading.read_recipe`.
 
     Raises:
         RecipeError: Lists every mistake: unknown keys and names, wrong types, missing values, sizes that do not divide,
@@ -81,7 +83,7 @@ def _check_named_block(
     arguments = {argument: value for argument, value in block.items() if argument != "name"}
     errors = []
     if key == "optimizers":
-        errors = _check_param_groups(name, arguments.pop("param_groups", None))
+        errors = _check_param_groups(block, arguments.pop("param_groups", None))
     return errors + _check_arguments(key, f"{key}.name", name, arguments, names, supplied)
 
 
@@ -118,22 +120,38 @@ def _check_arguments(
     ]
 
 
-def _check_param_groups(optimizer: str, groups: Any) -> list[str]:
+def _check_param_groups(optimizer: dict[str, Any], groups: Any) -> list[str]:
     """Options of a parameter group are arguments of the optimizer; what is selected needs the model."""
-    if groups is None or optimizer not in registry.OPTIMIZERS:
+    name = optimizer["name"]
+    if groups is None or name not in registry.OPTIMIZERS:
         return []
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         return [f"`optimizers.param_groups` (={groups!r}) must be a list of {{params: ..., <option>: <value>}}."]
     errors = []
     for position, group in enumerate(groups):
-        options = build.group_options(group)
-        _, mistakes = check_arguments(registry.OPTIMIZERS[optimizer], options, ("params",))
+        path = f"optimizers.param_groups[{position}]"
+        options = {option: value for option, value in group.items() if option not in build.NO_OPTIONS}
+        _, mistakes = check_arguments(registry.OPTIMIZERS[name], options, ("params",))
         errors += [
-            f"`optimizers.param_groups[{position}].{mistake.name}`: {mistake.problem}."
-            + did_you_mean(mistake.name, mistake.valid)
+            f"`{path}.{mistake.name}`: {mistake.problem}."
+            + (did_you_mean(mistake.name, [*mistake.valid, "lr_factor"]) if mistake.valid else "")
             for mistake in mistakes
             if mistake.name in options
         ]
+        if "lr_factor" in group:
+            errors += _check_lr_factor(f"{path}.lr_factor", optimizer, group)
+    return errors
+
+
+def _check_lr_factor(path: str, optimizer: dict[str, Any], group: dict[str, Any]) -> list[str]:
+    factor, lr = group["lr_factor"], build.learning_rate(optimizer)
+    errors = []
+    if "lr" in group:
+        errors.append(f"`{path}` and `lr` cannot both be given: one multiplies the optimizer's `lr`, one replaces it.")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        errors.append(f"`{path}` (={factor!r}) must be a positive number, by which the optimizer's `lr` is multiplied.")
+    if lr is None and "lr" not in optimizer:
+        errors.append(f"`{path}` needs a number as `optimizers.lr`; {optimizer['name']} has none by default.")
     return errors
 
 
@@ -158,34 +176,36 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
     timed = not any(error.startswith(("`max_duration`", "`scale_schedule_ratio`")) for error in found)
     attempt("schedulers", lambda: _try_scheduler(recipe) if timed else build.build_scheduler(recipe))
     with torch.device("meta"):
-        model = attempt("model", lambda: build.build_model(recipe)) if recipe.model else None
+        model = attempt("model", lambda: build.build_model(replace(recipe, freeze=None))) if recipe.model else None
+        if model is not None and recipe.freeze:
+            unfit = freezing.mistakes_in(model, recipe.freeze)
+            errors += unfit
+            if not unfit:
+                freezing.freeze(model, recipe.freeze)
         if recipe.optimizers and model is not None:
             attempt("optimizers", lambda: build.build_optimizer(recipe, model))
         elif recipe.optimizers:
             attempt("optimizers", lambda: _try_optimizer(recipe))
         groups = (recipe.optimizers or {}).get("param_groups")
+        groups_alone = all(e.startswith("`optimizers.param_groups[") for e in found if e.startswith("`optimizers"))
         for position, group in enumerate(groups if isinstance(groups, list) else []):
-            if isinstance(group, dict):
-                attempt(
-                    f"optimizers.param_groups[{position}]",
-                    partial(_try_optimizer, recipe, **build.group_options(group)),
-                )
+            if isinstance(group, dict) and groups_alone:
+                attempt(f"optimizers.param_groups[{position}]", partial(_try_group, recipe, group))
         if model is not None and built.get("WeightStandardization") and not registry.SURGERY & built.keys():
             (algorithm,) = built["WeightStandardization"]
             attempt("algorithms.WeightStandardization", partial(_try_selection, algorithm, model))
-    if model is not None:
-        errors += _check_stoppers(recipe, model)
-    if recipe.monitor is not None and recipe.eval_dataloader is None:
-        errors.append(f"`monitor` (={recipe.monitor!r}): nothing is evaluated, since `eval_dataloader` is null.")
-    elif model is not None and recipe.monitor is not None:
-        errors += _check_monitor(recipe.monitor, model.get_metrics(is_train=False))
-    return errors
+    return errors + check_metrics(recipe, model)
 
 
 def _try_optimizer(recipe: Recipe, **options: Any) -> None:
-    """Build the optimizer without the model, with the options of a group as its own: torch judges only these."""
+    """Build the optimizer without the model and its groups, with `options` in the place of its own."""
     block = recipe.optimizers | options | {"param_groups": None}
     build.build_optimizer(replace(recipe, optimizers=block), nn.Linear(1, 1))
+
+
+def _try_group(recipe: Recipe, group: dict[str, Any]) -> None:
+    """Build the optimizer with the options of a group as its own: torch judges only these."""
+    _try_optimizer(recipe, **build.group_options(recipe.optimizers, group))
 
 
 def _try_selection(algorithm: WeightStandardization, model: ComposerModel) -> None:
@@ -201,24 +221,3 @@ def _try_scheduler(recipe: Recipe) -> None:
         epoch = Time(1_000_000, TimeUnit.BATCH)  # long, so that no warm-up is too long for it
         start: Any = SimpleNamespace(max_duration=duration, timestamp=Timestamp(), dataloader_len=epoch)
         scheduler(start, recipe.scale_schedule_ratio)
-
-
-def _check_stoppers(recipe: Recipe, model: ComposerModel) -> list[str]:
-    """Callbacks that watch a metric look for it only after the first epoch."""
-    errors = []
-    for name in ("EarlyStopper", "ThresholdStopper"):
-        stopper = (recipe.callbacks or {}).get(name)
-        if isinstance(stopper, dict) and {"monitor", "dataloader_label"} <= set(stopper):
-            metrics = list(model.get_metrics(is_train=stopper["dataloader_label"] == "train"))
-            if stopper["monitor"] not in metrics:
-                problem = f"unknown metric {stopper['monitor']!r}.{did_you_mean(str(stopper['monitor']), metrics)}"
-                errors.append(f"`callbacks.{name}.monitor`: {problem}")
-    return errors
-
-
-def _check_monitor(monitor: str, metrics: dict[str, Any]) -> list[str]:
-    known = monitorable(metrics)
-    if monitor in known:
-        return []
-    problem = "does not say whether higher or lower is better" if monitor in metrics else "is no metric of the model"
-    return [f"`monitor` (={monitor!r}) {problem}.{did_you_mean(monitor, known)}"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+EPOCHS = "epochs.tsv"
 LOG = "log.txt"
 CURVES = "curves.png"
 BEST = "best.pt"
@@ -62,7 +63,7 @@ def claim_run_folder(
 
 def clear_run(folder: Path) -> None:
     """Remove the files of an earlier run, and nothing else, from a folder."""
-    named = [folder / name for name in (_LATEST, RECIPE, METRICS, LOG, CURVES, BEST)]
+    named = [folder / name for name in (_LATEST, RECIPE, METRICS, EPOCHS, LOG, CURVES, BEST)]
     for path in [*_checkpoints(folder), *named, *folder.glob("*.partial"), *folder.glob("*.partial.pt")]:
         path.unlink(missing_ok=True)
 

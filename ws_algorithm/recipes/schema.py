@@ -1,4 +1,4 @@
-"""The shape of a recipe: YAML and overrides to a typed :class:`Recipe`, every mistake collected.
+"""The shape of a recipe: plain values to a typed :class:`Recipe`, every mistake collected.
 
 Keys are the arguments of Composer's ``Trainer`` wherever it has one. A block that stands for an object names its class
 or builder (``optimizers: {name: SGD, lr: 0.1}``); what may stand in a block is checked where names are resolved.
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 
 class RecipeError(ValueError):
@@ -40,13 +38,16 @@ class Recipe:
         global_train_batch_size: Images per optimizer step, over all devices.
         device_train_microbatch_size: Images per forward and backward on one device, or ``"auto"``; ``None``: all.
         global_eval_batch_size: Images per evaluation batch, over all devices; ``None``: as in training.
-        optimizers: ``{name: <class>, lr: ..., param_groups: [{params: [...], <option>: ...}, ...]}``.
+        optimizers: ``{name: <class>, lr: ..., param_groups: [{params: [...], <option>: ...}, ...]}``; an option of a
+            group may be ``lr_factor``.
         schedulers: ``{name: <class>, ...}``.
         algorithms: ``{<class>: {<argument>: <value>, ...}, ...}``; ``null``: none.
         callbacks: Likewise.
         loggers: Likewise.
         num_threads: CPU threads of one operation; ``None``: as torch decides. For small images one is fastest.
         monitor: The evaluation metric that decides which checkpoint is best; ``None``: the last one of the model.
+        freeze: Names of modules or parameters, or ``fnmatch`` patterns; what they select does not train.
+        published: ``{<evaluation metric>: <figure>, ..., source: <text>}``, to be shown beside what is measured.
         save_folder: The one folder of the run; ``{run_name}`` in it is replaced.
     """
 
@@ -61,6 +62,7 @@ class Recipe:
     device_train_microbatch_size: int | str | None = None
     global_eval_batch_size: int | None = None
 
+    freeze: list[str] | None = None
     optimizers: dict[str, Any] = MISSING
     schedulers: dict[str, Any] | None = None
     algorithms: dict[str, Any] | None = None
@@ -78,6 +80,7 @@ class Recipe:
     eval_subset_num_batches: int = -1
     eval_interval: int | str = 1
     monitor: str | None = None
+    published: dict[str, Any] | None = None
 
     run_name: str | None = None
     save_folder: str = "runs/{run_name}"
@@ -100,6 +103,7 @@ class Recipe:
     compile_config: dict[str, Any] | None = None
 
 
+BASE = "base"  # the key that names what a file is merged over; no recipe has it once it is read
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 _FIELD_TYPES = get_type_hints(Recipe)
 _NAMED, _MAPPING = "{name: <name>, <argument>: <value>}", "{<class>: {<argument>: <value>}}"
@@ -107,25 +111,23 @@ BLOCKS = dict.fromkeys(("model", "train_dataloader", "eval_dataloader", "optimiz
 BLOCKS |= dict.fromkeys(("algorithms", "callbacks", "loggers"), _MAPPING)
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
-    """Read a recipe and apply ``key=value`` overrides.
+def recipe_of(values: Mapping[Any, Any], found: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+    """A recipe from the plain values of its keys.
 
     Args:
-        path: A YAML file.
-        overrides: ``key=value`` with dots in nested keys (``model.norm=batch``) and YAML values; later ones win.
+        values: Values by key, interpolations resolved. A key that is not there has its default.
+        found: Mistakes found while the values were read; no second one is reported for what is missing through them.
 
     Returns:
-        The recipe and the mistakes found in its shape. A field with a mistake has its default value, or is ``None``.
-
-    Raises:
-        RecipeError: If the file is not a YAML mapping at all.
+        The recipe and the mistakes found in its shape, after those in `found`. A field with a mistake has its default
+        value, or is ``None``.
     """
-    values, errors = _apply_overrides(_load_mapping(path), overrides)
+    errors = list(found)
     recipe = Recipe(**{name: None for name, field in FIELDS.items() if field.default is MISSING})  # pyright: ignore
     reported = {error.partition("`")[2].partition("`")[0].partition(".")[0] for error in errors}
     for key, value in values.items():
         if key not in FIELDS:
-            errors.append(f"`{key}`: unknown key.{did_you_mean(str(key), FIELDS)}")
+            errors.append(f"`{key}`: unknown key.{did_you_mean(str(key), [*FIELDS, BASE])}")
             reported.add(nearest(str(key), FIELDS) or "")
             continue
         if key in BLOCKS and not isinstance(value, dict) and (value is not None or FIELDS[key].default is MISSING):
@@ -169,7 +171,7 @@ def check_batch_sizes(recipe: Recipe, world_size: int) -> list[str]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML that :func:`read_recipe` reads back to the same recipe."""
+    """The recipe as YAML that reads back to the same recipe."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
@@ -198,42 +200,6 @@ def first_line(error: Exception) -> str:
 def in_one_line(error: Exception) -> str:
     """All that an exception says, up to 400 characters, without its line breaks."""
     return " ".join(str(error).split())[:400]
-
-
-def _load_mapping(path: Path) -> Any:
-    try:
-        config = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise RecipeError(str(path), [f"not valid YAML: {in_one_line(error)}"]) from error
-    except OSError as error:  # OmegaConf's error for a file that holds a scalar, or a file that cannot be read
-        raise RecipeError(str(path), [f"not a recipe: {first_line(error)}."]) from error
-    if not OmegaConf.is_dict(config):
-        raise RecipeError(str(path), ["not a recipe: the file must hold `key: value` lines."])
-    return config
-
-
-def _apply_overrides(config: Any, overrides: Sequence[str]) -> tuple[dict[Any, Any], list[str]]:
-    """The plain values of a configuration after its overrides, interpolations resolved."""
-    errors = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        try:
-            if not equals or not key:
-                raise ValueError("an override is written key=value")
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-            OmegaConf.update(config, key, parsed["value"], merge=False, force_add=True)  # pyright: ignore
-        except (ValueError, OmegaConfBaseException, YAMLError) as error:
-            errors.append(f"override {override!r}: {first_line(error)}.")
-    values = {}
-    for key in config:
-        if OmegaConf.is_missing(config, key):
-            continue
-        try:
-            node = config[key]
-            values[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-        except OmegaConfBaseException as error:
-            errors.append(f"`{getattr(error, 'full_key', None) or key}`: {first_line(error)}.")
-    return values, errors
 
 
 def _typed(key: str, value: Any) -> Any:

@@ -23,9 +23,13 @@ import ws_algorithm
 from ws_algorithm.recipes import build, report, run_folder
 from ws_algorithm.recipes.best_checkpoint import BestCheckpoint, default_monitor
 from ws_algorithm.recipes.catalogue import find_recipe
+from ws_algorithm.recipes.curves import draw_curves
+from ws_algorithm.recipes.epoch_table import EpochTable
+from ws_algorithm.recipes.metrics import published_figures
+from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.resolve import resolve_recipe
 from ws_algorithm.recipes.run_log import RunLog
-from ws_algorithm.recipes.schema import BLOCKS, Recipe, RecipeError, in_one_line, read_recipe, to_yaml
+from ws_algorithm.recipes.schema import BLOCKS, Recipe, RecipeError, in_one_line, to_yaml
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +42,8 @@ _PASSED = {field.name for field in dataclasses.fields(Recipe)} & set(inspect.sig
 def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
     """Train what a recipe describes and write its run folder.
 
-    The folder gets the resolved recipe, the last and the best checkpoint, metrics as JSON lines, a log and a PNG of the
-    curves. A run that was killed continues from its last checkpoint with ``autoresume=true``.
+    The folder gets the resolved recipe, the last and the best checkpoint, metrics as JSON lines, a table of epochs, a
+    log and a PNG of the curves. A run that was killed continues from its last checkpoint with ``autoresume=true``.
 
     Args:
         source: A path to a YAML file, or the name of a shipped recipe.
@@ -70,7 +74,7 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
         _clean_up(trainer)
         if dist.get_global_rank() == 0:
             run_folder.remove_old_checkpoints(folder, recipe.save_num_checkpoints_to_keep)
-            _report(trainer, folder)
+            _report(trainer, recipe, folder)
     dist.barrier()
     return trainer
 
@@ -149,7 +153,11 @@ def _build_trainer(recipe: Recipe, folder: Path, data: list[DataSpec | None], pr
         schedulers=build.build_scheduler(recipe),
         algorithms=build.build_algorithms(recipe),
         callbacks=[*build.build_callbacks(recipe), *_own_callbacks(recipe, model, folder)],
-        loggers=[RunLog(folder / run_folder.METRICS), *build.build_loggers(recipe)],
+        loggers=[
+            RunLog(folder / run_folder.METRICS),
+            EpochTable(folder / run_folder.EPOCHS, folder / run_folder.METRICS),
+            *build.build_loggers(recipe),
+        ],
         save_filename=run_folder.CHECKPOINT_FORMAT,
         save_latest_filename=run_folder.LATEST_FORMAT,
         **arguments,
@@ -177,20 +185,22 @@ def _is_complete(trainer: Trainer) -> bool:
     return trainer.state.timestamp.get(duration.unit) >= duration
 
 
-def _report(trainer: Trainer, folder: Path) -> None:
+def _report(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
     """Draw the curves and print the table that ends a run."""
     rows = report.read_metrics(folder / run_folder.METRICS)
-    report.draw_curves(rows, folder / run_folder.CURVES, folder.name)
+    draw_curves(rows, folder / run_folder.CURVES, folder.name)
     evaluated = [metric for metrics in trainer.state.eval_metrics.values() for metric in metrics.items()]
     table = report.summary_table(rows, {name: metric.higher_is_better for name, metric in evaluated})
-    print(report.format_table(("metric", "last", "best", "best epoch"), table))
+    header = ("metric", "last", "best", "best epoch")
+    print(report.format_table(*report.add_published(header, [*table], published_figures(recipe))))
     throughput = report.images_per_second(rows)
     latest = run_folder.latest_checkpoint(folder)
     best = folder / run_folder.BEST
     print(f"\nimages/s     {f'{throughput:.0f}' if throughput else '-'}")
     print(f"run folder   {folder}")
     print(f"checkpoints  last {latest.name if latest else '-'}, best {best.name if best.exists() else '-'}")
-    print(f"also there   {run_folder.RECIPE}, {run_folder.METRICS}, {run_folder.CURVES}, {run_folder.LOG}")
+    others = (run_folder.RECIPE, run_folder.METRICS, run_folder.EPOCHS, run_folder.CURVES, run_folder.LOG)
+    print(f"also there   {', '.join(name for name in others if (folder / name).exists())}")
 
 
 @contextmanager

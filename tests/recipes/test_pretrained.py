@@ -1,0 +1,214 @@
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ws_algorithm import apply_weight_standardization, remove_weight_standardization
+from ws_algorithm.recipes.classifier import ImageClassifier
+from ws_algorithm.recipes.models.cifar_resnet import build_cifar_resnet
+from ws_algorithm.recipes.norm_layers import Norm
+from ws_algorithm.recipes.pretrained import load_pretrained
+
+PATH = "weights.pt"  # every test has a folder of its own
+
+
+def network(num_classes: int = 5, width: int = 8, norm: Norm = "group", pretrained: str | None = None) -> nn.Module:
+    return build_cifar_resnet(num_classes, 8, width, norm=norm, pretrained=pretrained).module
+
+
+def saved(wrap: Callable[[dict[str, Tensor]], Any] = dict, **arguments: Any) -> nn.Module:
+    source = network(**arguments)
+    for buffer in source.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)  # statistics unlike those at the start
+    torch.save(wrap(source.state_dict()), PATH)
+    return source
+
+
+def same(first: nn.Module, second: nn.Module, *, but: tuple[str, ...] = ()) -> bool:
+    theirs = second.state_dict()
+    return all(torch.equal(tensor, theirs[key]) for key, tensor in first.state_dict().items() if key not in but)
+
+
+def refusal(target: nn.Module, path: str = PATH) -> str:
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        load_pretrained(target, path)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())  # nothing half done
+    assert f"`pretrained` (={path!r}) must " in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        dict,
+        lambda state: {"state_dict": state, "epoch": 90, "acc": 76.28},
+        lambda state: {"model": state},
+        lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
+        lambda state: {"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}, "optimizer": {}},
+    ],
+    ids=["plain", "state_dict", "model", "module.", "state_dict and module."],
+)
+@pytest.mark.parametrize("norm", ["group", "batch", "frozen"])
+def test_a_file_in_every_form(wrap, norm):
+    source = saved(wrap, norm=norm)
+
+    assert same(source, network(norm=norm, pretrained=PATH))
+
+
+def test_a_whole_classifier_is_a_network_too():
+    source = network()
+    torch.save(ImageClassifier(source, 5).state_dict(), PATH)
+
+    assert same(source, network(pretrained=PATH))
+
+
+def test_batch_norm_can_be_frozen_but_not_thawed_into_groups():
+    source = saved(norm="batch")
+    frozen = network(norm="frozen", pretrained=PATH)
+
+    assert same(frozen, source)
+    assert torch.equal(frozen.get_buffer("bn1.running_var"), source.get_buffer("bn1.running_var"))
+    message = refusal(network(norm="group"))
+    # nine norms, the stem's, six in blocks and two on shortcuts, have two statistics each
+    assert "Unexpected: 'bn1.running_mean', 'bn1.running_var', 'layer1.0.bn1.running_mean' and 15 more" in message
+    assert message.endswith("build with `norm` 'batch' or 'frozen'.")
+
+
+def test_frozen_statistics_become_batch_norms_own():
+    source = saved(norm="frozen")
+
+    assert same(source, network(norm="batch", pretrained=PATH))
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_group_norm_has_no_statistics_to_give(norm):
+    saved(norm="group")
+
+    message = refusal(network(norm=norm))
+
+    assert "Missing: 'bn1.running_mean', 'bn1.running_var'" in message
+    assert message.endswith("build with `norm` 'group'.")
+
+
+def test_a_classifier_of_other_classes_starts_anew(caplog):
+    source = saved(num_classes=9)
+    target = network(num_classes=5)
+    head = {key: tensor.clone() for key, tensor in target.state_dict().items() if key.startswith("fc.")}
+
+    with caplog.at_level(logging.INFO, "ws_algorithm"):
+        load_pretrained(target, PATH)
+
+    (record,) = caplog.records
+    assert "has 9 classes and the network 5: fc.weight and fc.bias start anew" in record.getMessage()
+    assert same(target, source, but=("fc.weight", "fc.bias"))
+    assert all(torch.equal(tensor, target.state_dict()[key]) for key, tensor in head.items())
+
+
+def test_a_classifier_of_the_same_classes_is_loaded_without_a_word(caplog):
+    source = saved()
+
+    with caplog.at_level(logging.INFO, "ws_algorithm"):
+        assert same(network(pretrained=PATH), source)
+    assert caplog.records == []
+
+
+def test_other_shapes_are_refused_even_in_the_classifier(caplog):
+    saved(num_classes=9, width=16)
+
+    with caplog.at_level(logging.INFO, "ws_algorithm"):
+        message = refusal(network())
+
+    assert caplog.records == []
+    assert "Of another shape: 'conv1.weight' (16, 3, 3, 3) instead of (8, 3, 3, 3), 'bn1.weight' (16,)" in message
+    assert "compare the name, the depth and the widths" in message.lower()
+
+
+def test_a_file_without_classifier_is_refused():
+    saved(lambda state: {key: tensor for key, tensor in state.items() if not key.startswith("fc.")})
+
+    assert "Missing: 'fc.weight', 'fc.bias'. " in refusal(network())
+
+
+def test_missing_and_unexpected_keys_are_named_together():
+    saved(lambda state: {key.replace("layer3", "stage3"): tensor for key, tensor in state.items()})
+
+    message = refusal(network())
+
+    # nine tensors: three convolutions, and scale and shift of their norms
+    assert "Missing: 'layer3.0.conv1.weight', 'layer3.0.bn1.weight', 'layer3.0.bn1.bias' and 6 more; " in message
+    assert "Unexpected: 'stage3.0.conv1.weight', " in message
+
+
+def test_a_parametrized_model_is_saved_again_without():
+    source = network()
+    apply_weight_standardization(source)
+    torch.save(source.state_dict(), PATH)
+
+    assert "call remove_weight_standardization on it" in refusal(network())
+    remove_weight_standardization(source)
+    torch.save(source.state_dict(), PATH)
+    assert same(source, network(pretrained=PATH))
+
+
+def test_a_file_that_is_not_there_is_refused():
+    Path("folder").mkdir()
+
+    for path in ("nowhere.pt", "folder"):
+        assert "must be a file, and there is none" in refusal(network(), path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 cut off"])
+def test_a_file_that_torch_cannot_read_is_refused(content):
+    Path(PATH).write_bytes(content)
+
+    assert "Save the state dict alone" in refusal(network())
+
+
+@pytest.mark.parametrize("content", [{}, [torch.ones(2)], {"epoch": 3}, {"state": {"model": {}}}, torch.ones(2)])
+def test_a_file_without_a_state_dict_is_refused(content):
+    torch.save(content, PATH)
+
+    assert "must hold a state dict" in refusal(network())
+
+
+def test_a_pickled_model_is_not_executed():
+    torch.save(network(), PATH)
+
+    assert "Save the state dict alone" in refusal(network())
+
+
+def test_on_the_meta_device_a_file_must_exist_and_is_not_read():
+    Path(PATH).write_bytes(b"anything")
+
+    with torch.device("meta"):
+        assert next(network(pretrained=PATH).parameters()).is_meta
+        with pytest.raises(ValueError, match="must be a file"):
+            network(pretrained="nowhere.pt")
+
+
+def test_a_file_of_2019_loads():
+    source = network()
+    torch.save(source.state_dict(), PATH, _use_new_zipfile_serialization=False)  # the default until torch 1.6
+
+    assert same(source, network(pretrained=PATH))
+
+
+def test_a_network_without_classifier_has_no_other_classes():
+    torch.save(nn.Conv2d(3, 8, 3).state_dict(), PATH)
+
+    assert "Of another shape: 'weight'" in refusal(nn.Conv2d(3, 4, 3))
+
+
+def test_half_precision_is_widened():
+    source = saved(lambda state: {key: tensor.half() for key, tensor in state.items()})
+
+    loaded = network(pretrained=PATH)
+
+    assert torch.equal(loaded.get_parameter("conv1.weight"), source.get_parameter("conv1.weight").half().float())
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
