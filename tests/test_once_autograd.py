@@ -35,6 +35,23 @@ def test_gradients_that_are_asked_for(formula, is_between_backwards):
     check(lambda: tiny(formula), loop)
 
 
+@formulas
+@pytest.mark.parametrize("is_between_backwards", [False, True])
+def test_gradients_that_are_asked_for_in_a_batch(is_between_backwards, formula):
+    def loop(model: Any, context: Context) -> Any:
+        with context(model):
+            if is_between_backwards:
+                loss_of(model, images()[0]).backward()
+            outputs = model(images()[1]).mean((0, 2, 3))
+            rows = torch.eye(len(outputs), dtype=outputs.dtype)
+            asked = torch.autograd.grad(outputs, raw_weights(model), rows, is_grads_batched=True)
+            if is_between_backwards:
+                loss_of(model, images()[2]).backward()
+        return list(asked)
+
+    check(lambda: tiny(formula), loop)
+
+
 def test_a_gradient_that_is_asked_for_after_the_context():
     def loop(model: Any, context: Context) -> Any:
         first, second, _ = images()

@@ -17,6 +17,7 @@ from exact_twins import (
     assert_near,
     check,
     dtypes,
+    exactly,
     formulas,
     gradients,
     images,
@@ -28,7 +29,7 @@ from exact_twins import (
 from torch import Tensor, nn
 
 from ws_algorithm import FORMULAS, apply_weight_standardization, standardize_once, standardize_weight
-from ws_algorithm.parametrization import raw_weight
+from ws_algorithm.parametrization import raw_weight, register_weight_standardizer
 
 
 def accumulate(model: Any, context: Context) -> None:
@@ -158,6 +159,24 @@ def test_a_penalty_alone():
     check(tiny, loop)
 
 
+@pytest.mark.parametrize("is_before", [True, False], ids=["zero before", "zero inside"])
+def test_a_penalty_alone_on_gradients_of_zero(is_before):
+    """Gradients of zeros wait from the first forward on, though it is one without gradients."""
+
+    def loop(model: Any, context: Context) -> None:
+        loss_of(model, images()[0]).backward()
+        if is_before:
+            model.zero_grad(set_to_none=False)
+        with context(model):
+            if not is_before:
+                model.zero_grad(set_to_none=False)
+            with torch.no_grad():
+                model(images()[1])
+            l2(model).backward()
+
+    check(tiny, loop)
+
+
 def test_a_penalty_on_the_standardized_weights():
     def loop(model: Any, context: Context) -> None:
         with context(model):
@@ -239,3 +258,21 @@ def test_a_convolution_used_in_one_micro_batch_only(turn):
                 model[: 7 if index == turn else 3](batch).square().mean().backward()
 
     check(tiny, loop)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_a_complex_convolution_beside_a_real_one(dtype):
+    """Autograd standardizes complex weights."""
+
+    def run(context: Context) -> Any:
+        torch.manual_seed(SEED)
+        real, imaginary = nn.Conv2d(3, 4, 3, dtype=torch.float64), nn.Conv2d(4, 4, 3, dtype=dtype)
+        model = nn.Sequential(real, imaginary)
+        for conv in model:
+            register_weight_standardizer(conv)
+        with context(model):
+            for batch in images():
+                imaginary(real(batch).to(dtype)).abs().square().mean().backward()
+        return gradients(model)
+
+    assert_near(run(standardize_once), run(exactly), tolerance=1e-12 if dtype == torch.complex128 else 1e-6)

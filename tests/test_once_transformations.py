@@ -210,3 +210,22 @@ def test_a_trace():
         return outputs
 
     check(tiny, loop)
+
+
+class IntoLayers(torch.fx.Tracer):
+    """Records what is inside of convolutions as well."""
+
+    def is_leaf_module(self, m: Any, module_qualified_name: str) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("is_held_before", [True, False], ids=["held", "not held"])
+@pytest.mark.parametrize("context", [exactly, standardize_once])
+def test_a_symbolic_trace_into_convolutions_is_refused_not_wrong(context, is_held_before):
+    """A held weight would become a constant of the traced program."""
+    model = tiny()
+    with context(model), torch.no_grad():
+        if is_held_before:
+            model(images()[0])
+        with pytest.raises(ValueError, match="`weight` must be a tensor, got Proxy"):
+            IntoLayers().trace(model)

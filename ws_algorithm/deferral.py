@@ -93,8 +93,10 @@ class Deferral:
             self.exact_because = "second order (create_graph=True)"
             return _differentiable_gradient(self.raw, held, gradient)
         gradient = gradient.to(self.raw.dtype)
-        if self._may_pass_on(held, accumulator) and self._passes_on(gradient):
-            return gradient
+        if self._may_pass_on(held, accumulator):
+            passed_on = self._pass_on(gradient)
+            if passed_on is not None:
+                return passed_on
         self.settle()
         return held.project(gradient)
 
@@ -103,15 +105,16 @@ class Deferral:
             return False
         return _will_accumulate(accumulator)
 
-    def _passes_on(self, gradient: Tensor) -> bool:
-        """Pass on unless ``raw.grad`` holds a true gradient; threads may do so at the same time."""
+    def _pass_on(self, gradient: Tensor) -> Tensor | None:
+        """The gradient to pass on, or ``None`` if ``raw.grad`` holds a true one. Threads may do so at the same time."""
         with self._lock:
             if self.raw.grad is None:
                 self.is_pending, self._owns_gradient = True, self._may_own
+                gradient = _with_memory_of_its_own(gradient)  # autograd may take it as raw.grad, and add to it in place
             elif not self.is_pending:
-                return False
+                return None
             self._delivered.setdefault(torch._C._current_graph_task_id(), []).append(gradient)
-            return True
+            return gradient
 
     def _check(self, total: Tensor) -> Tensor | None:
         """A hook on the raw weight: settle unless `total` is exactly what was delivered."""
@@ -128,14 +131,15 @@ class Deferral:
         return total - deferred + self.held.project(deferred)
 
     def settle_by_replacing(self) -> bool:
-        """Settle with a new tensor as ``raw.grad``, where no one expects it to stay the same tensor.
-
-        It saves a copy, and autograd may have given the same memory to the gradient of another parameter.
-        """
+        """Settle with a new tensor as ``raw.grad``, where no one expects it to stay the same tensor; saves a copy."""
         gradient = self.raw.grad
         if not (self.is_pending and self._owns_gradient) or gradient is None or self.held is None:
             return False
-        self.raw.grad = self.held.project(gradient)
+        projected = self.held.project(gradient)
+        if projected.stride() == gradient.stride():
+            self.raw.grad = projected
+        else:  # the model was converted to another memory format inside
+            gradient.copy_(projected)
         self.is_pending = False
         return True
 
@@ -226,7 +230,8 @@ class Memory:
 
     def is_lent(self, weight: Tensor) -> bool:
         """Whether `weight` is held for a loan already, so that it is known to be of a kind that may be."""
-        return self.loan is not None and self.loan.deferral.raw is weight and self.loan.deferral.held is not None
+        loan = self.loan
+        return loan is not None and loan.deferral.raw is weight and loan.deferral.held is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
         return Memory()
@@ -254,6 +259,13 @@ def _differentiable_gradient(raw: nn.Parameter, held: HeldWeight, gradient: Tens
         )
     standardized = standardize_weight(raw, held.formula)
     return torch.autograd.grad(standardized, raw, gradient.to(raw.dtype), create_graph=True)[0]
+
+
+def _with_memory_of_its_own(gradient: Tensor) -> Tensor:
+    """A gradient, copied if another tensor has the same memory: of a sum, both terms get the same."""
+    storage = gradient.untyped_storage()
+    is_shared = torch._C._storage_Use_Count(storage._cdata) > 2  # by `gradient` and by `storage` itself
+    return gradient.clone() if is_shared else gradient
 
 
 def _has_other_hooks(raw: nn.Parameter) -> bool:

@@ -228,7 +228,7 @@ def _dims_in_memory_order(weight: Tensor) -> list[int]:
 
 def _rows_of(weight: Tensor, order: list[int]) -> Tensor:
     """The matrix ``(O, n)``: a view whenever the weight is dense."""
-    return weight.permute(order).flatten(1)
+    return weight.permute(order).reshape(weight.shape[0], weight.shape[1:].numel())
 
 
 def _shaped_like(weight: Tensor, order: list[int], rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ws_algorithm.deferral import Deferral, Loan, settle_all, standardize_loans
@@ -48,8 +49,8 @@ def standardize_once(model: nn.Module) -> Iterator[None]:
     ``torch.autograd.grad``, gradients that also come from elsewhere, such as an L2 term of the loss) or
     differentiated by autograd (``create_graph=True``; compiled, traced or FSDP-sharded models). A weight that changes
     inside is standardized again. Segments under ``torch.utils.checkpoint`` belong inside together with their backward.
-    Several processes under ``DistributedDataParallel`` need equal weights on all ranks. Several threads may run inside one
-    context, if they are joined before it ends; ``conv.weight`` is one tensor for all of them, to be read only.
+    Several processes under ``DistributedDataParallel`` need equal weights on all ranks. Several threads may run inside
+    one context, if they are joined before it ends. ``conv.weight`` is one tensor for all calls, to be read only.
 
     Args:
         model: A model with standardized convolutions; may be wrapped in ``DistributedDataParallel``. Contexts may be
@@ -141,8 +142,8 @@ class OnceSession:
         if any(loan is not None and loan.lender.thread != self.thread and loan.lender.is_lending() for loan in loans):
             self.close()
             raise ValueError(
-                "`model` is inside standardize_once in another thread already. Open one context around all threads that "
-                "use the model, and start and join them inside."
+                "`model` is inside standardize_once in another thread already. Open one context around all threads "
+                "that use the model, and start and join them inside."
             )
 
     def standardize(self) -> None:
@@ -152,6 +153,9 @@ class OnceSession:
                 loan for loan in self._loans() if loan.deferral.held is None and loan.deferral.raw.device.type != "meta"
             ]
             standardize_loans(loans)
+            ddp = DistributedDataParallel._active_ddp_module
+            for loan in loans if ddp is not None else ():
+                loan.deferral.join(ddp)
             _count_zeros_as_pending([loan.deferral for loan in loans])
 
     def settle(self) -> None:

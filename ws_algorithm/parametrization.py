@@ -63,10 +63,10 @@ class WeightStandardizer(nn.Module):
     def recall(self, weight: Tensor) -> Tensor | None:
         """The standardized weight if it may be held, or ``None`` if autograd is to compute it."""
         memory, with_gradient = self.memory, torch.is_grad_enabled() and weight.requires_grad
-        held = memory.held
+        held, loan = memory.held, memory.loan  # read once: another thread may take them away
         if with_gradient:
             memory.held = None  # training goes on, and an optimizer may write without being noticed
-        if memory.loan is None:
+        if loan is None:
             if with_gradient:
                 return None
             if held is not None and held.is_current(weight) and not is_watched(weight):
@@ -75,12 +75,13 @@ class WeightStandardizer(nn.Module):
             return None
         assert isinstance(weight, nn.Parameter)
         dtype = dtype_in_convolution(weight)
-        lent = memory.loan.lend(weight, dtype, with_gradient) if memory.loan is not None else None
+        lent = loan.lend(weight, dtype, with_gradient) if loan is not None else None
         if lent is not None or with_gradient:
             return lent
-        if memory.held is None or not memory.held.is_current(weight):
-            (memory.held,) = hold_all([weight], self.formula, dtype)
-        return memory.held.alias(dtype)
+        if held is None or not held.is_current(weight):
+            (held,) = hold_all([weight], self.formula, dtype)
+            memory.held = held
+        return held.alias(dtype)
 
     def train(self, mode: bool = True) -> WeightStandardizer:
         """Set the mode; what is held is computed again, which also notices edits that PyTorch does not count.
