@@ -154,8 +154,9 @@ class OnceSession:
             ]
             standardize_loans(loans)
             ddp = DistributedDataParallel._active_ddp_module
-            for loan in loans if ddp is not None else ():
-                loan.deferral.join(ddp)
+            if ddp is not None:
+                for loan in loans:
+                    loan.deferral.join(ddp)
             _count_zeros_as_pending([loan.deferral for loan in loans])
 
     def settle(self) -> None:
