@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ws_algorithm.recipes.network_arguments import blocks_per_stage, check_at_least
+from ws_algorithm.recipes.network_arguments import blocks_per_stage, check_at_least, check_between
 
 STEPS = st.sampled_from([6, 9])
 OTHERS = st.sampled_from([2, 4])
@@ -32,3 +32,18 @@ def test_numbers_below_the_least_are_refused():
 
     with pytest.raises(ValueError, match=r"^`width` \(=1\) must be at least 2\.$"):
         check_at_least(2, num_classes=2, width=1)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_numbers_out_of_a_range_are_refused(value):
+    check_between(0, 1, threshold=0.0, other=1.0)
+
+    with pytest.raises(ValueError, match=r"^`threshold` \(=[-.\dna]+\) must be at least 0 and at most 1\.$"):
+        check_between(0, 1, other=1.0, threshold=value)
+
+
+def test_a_range_without_an_end_has_no_end_in_its_message():
+    check_between(0, float("inf"), beta=1e9)
+
+    with pytest.raises(ValueError, match=r"^`beta` \(=-1\) must be at least 0\.$"):
+        check_between(0, float("inf"), beta=-1)

@@ -135,6 +135,27 @@ def test_a_file_without_classifier_is_refused():
     assert "Missing: 'fc.weight', 'fc.bias'. " in refusal(network())
 
 
+@pytest.mark.parametrize("classes", [5, 9])
+def test_a_backbone_takes_a_file_with_a_classifier_or_without(classes):
+    source, backbone = saved(num_classes=classes), network()
+    backbone.fc = nn.Identity()
+
+    load_pretrained(backbone, PATH, dropped=["fc"])
+    assert same(backbone, source)
+
+    torch.save(backbone.state_dict(), PATH)
+    load_pretrained(backbone, PATH, dropped=["fc"])
+
+
+def test_only_whole_names_are_dropped():
+    saved(lambda state: state | {"fc2.weight": torch.zeros(1)})
+    backbone = network()
+    backbone.fc = nn.Identity()
+
+    with pytest.raises(ValueError, match="Unexpected: 'fc2.weight'"):
+        load_pretrained(backbone, PATH, dropped=["fc"])
+
+
 def test_missing_and_unexpected_keys_are_named_together():
     saved(lambda state: {key.replace("layer3", "stage3"): tensor for key, tensor in state.items()})
 

@@ -53,11 +53,33 @@ def build_data(source: str, recipe: Recipe, key: str, *, training: bool) -> Data
         spec = _build_dataspec(recipe, block, training=training)
     except ValueError as error:
         raise RecipeError(source, [f"`{key}`: {error}"]) from error
-    classes = getattr(getattr(spec.dataloader, "dataset", None), "classes", ())
-    outputs = recipe.model.get("num_classes")
-    if isinstance(outputs, int) and len(classes) > outputs:
-        raise RecipeError(source, [f"`model.num_classes` (={outputs}) is less than the {len(classes)} of `{key}`."])
+    outputs, needed = recipe.model.get("num_classes"), _needed_outputs(spec)
+    if isinstance(outputs, int) and needed > outputs:
+        raise RecipeError(source, [f"`model.num_classes` (={outputs}) is less than the {needed} of `{key}`."])
     return spec
+
+
+def check_same_classes(source: str, train: DataSpec | None, evaluation: DataSpec | None) -> None:
+    """Refuse to evaluate on classes other than those that are trained: a label would mean two things.
+
+    Raises:
+        RecipeError: If the names of the classes differ; names the first label for which they do.
+    """
+    first, second = (_classes_of(spec) if spec is not None else [] for spec in (train, evaluation))
+    if not first or not second or first == second:
+        return
+    label = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+    differ = f"{len(first)} and {len(second)}" if label is None else f"{first[label]!r} and {second[label]!r}"
+    raise RecipeError(source, [f"`eval_dataloader` has other classes than `train_dataloader`: {differ}."])
+
+
+def _classes_of(spec: DataSpec) -> list[str]:
+    return list(getattr(getattr(spec.dataloader, "dataset", None), "classes", ()))
+
+
+def _needed_outputs(spec: DataSpec) -> int:
+    """How many classes a model must tell apart: those of the data set, or as many as it says, as for a background."""
+    return getattr(getattr(spec.dataloader, "dataset", None), "num_outputs", len(_classes_of(spec)))
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

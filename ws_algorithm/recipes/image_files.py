@@ -34,6 +34,8 @@ class ImageFiles(VisionDataset):
         blank: What stands in evaluation for an image that cannot be read, ``(3, H, W)``, under the label of that image.
             With ``None``, as in training, the next image that can be read takes its place, with its own label.
         max_corrupt_share: The share of all images that may be unreadable, from 0 to 1.
+        sizes: Heights and widths ``(N, 2)`` that the images must have; one of another size counts as unreadable.
+            Default: of any size.
 
     Raises:
         ValueError: If `max_corrupt_share` is out of its range; when an image is asked for, if more are unreadable, or
@@ -50,12 +52,13 @@ class ImageFiles(VisionDataset):
         *,
         blank: Tensor | None,
         max_corrupt_share: float,
+        sizes: Tensor | None = None,
     ) -> None:
         if not 0 <= max_corrupt_share <= 1:
             raise ValueError(f"`max_corrupt_share` (={max_corrupt_share}) must be from 0 to 1.")
         super().__init__(folder, transform=transform)
         self.names, self.labels, self.classes = names, labels, classes
-        self.blank, self.max_corrupt_share = blank, max_corrupt_share
+        self.blank, self.max_corrupt_share, self.sizes = blank, max_corrupt_share, sizes
         self.is_corrupt = torch.zeros(len(names), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -79,7 +82,10 @@ class ImageFiles(VisionDataset):
     def _read(self, position: int) -> Image.Image | None:
         if not self.is_corrupt[position]:
             try:
-                return read_rgb(self.path(position))
+                image = read_rgb(self.path(position))
+                if self.sizes is not None:
+                    _check_size(image, self.sizes[position])
+                return image
             except Exception as error:  # decoders meet broken files with errors of many types
                 self.is_corrupt[position] = True
                 instead = "the next image takes its place" if self.blank is None else "it counts as a blank image"
@@ -119,6 +125,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # PIL would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _check_size(image: Image.Image, size: Tensor) -> None:
+    height, width = size.tolist()
+    if image.size != (width, height):
+        raise ValueError(f"{image.width}x{image.height} pixels instead of the {width}x{height} that are stated")
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,20 @@ class ImagesInMemory(Dataset):
         return self.normalize(images), self.labels[indices]
 
 
-def dataspec(dataset: Any, *, batch_size: int, training: bool, seed: int, num_workers: int = 0) -> DataSpec:
+Order = Callable[[torch.Generator], Tensor]
+
+
+def dataspec(
+    dataset: Any,
+    *,
+    batch_size: int,
+    training: bool,
+    seed: int,
+    num_workers: int = 0,
+    order: Order | None = None,
+    collate: Callable[[Any], Any] | None = None,
+    **batch_format: Any,
+) -> DataSpec:
     """Batches of a data set.
 
     Args:
@@ -58,11 +71,19 @@ def dataspec(dataset: Any, *, batch_size: int, training: bool, seed: int, num_wo
             partial batch. Without, all images are read in order.
         seed: Decides the order, and what worker processes draw.
         num_workers: Processes that load images. Default: ``0``.
+        order: Positions in the order of an epoch in training, decided by the generator. The images of a step follow one
+            another in it, those of each device too, however many devices there are. Default: any order.
+        collate: The samples of a batch to a batch. Default: tensors are stacked.
+        batch_format: How a ``DataSpec`` splits batches and counts what is in them, if they are no tensors.
 
     Raises:
         ValueError: If `num_workers` is negative.
     """
     sampler = _SeededSampler(dataset, training, seed)
+    if order is not None and training:
+        sampler = _OrderedSampler(dataset, seed, order, batch_size)
+    if collate is None and hasattr(dataset, "__getitems__"):
+        collate = _as_it_is
     return DataSpec(
         DataLoader(
             dataset,
@@ -70,10 +91,11 @@ def dataspec(dataset: Any, *, batch_size: int, training: bool, seed: int, num_wo
             sampler=sampler,
             drop_last=training,
             num_workers=num_workers,  # not persistent: they would carry their random states from epoch to epoch
-            collate_fn=_as_it_is if hasattr(dataset, "__getitems__") else None,
+            collate_fn=collate,
             generator=sampler.generator,
             pin_memory=torch.cuda.is_available(),
-        )
+        ),
+        **batch_format,
     )
 
 
@@ -96,3 +118,16 @@ class _SeededSampler(DistributedSampler):
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
         self.generator.manual_seed((self.seed * 1_000_003 + epoch) * self.num_replicas + self.rank)
+
+
+class _OrderedSampler(_SeededSampler):
+    """Positions in an order of our own: each step takes the next ones, and each process its run of them."""
+
+    def __init__(self, dataset: Dataset, seed: int, order: Order, batch_size: int) -> None:
+        super().__init__(dataset, True, seed)
+        self.order, self.batch_size = order, batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.order(torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+        steps = order[: len(self) // self.batch_size * self.batch_size * self.num_replicas]
+        return iter(steps.view(-1, self.num_replicas, self.batch_size)[:, self.rank].flatten().tolist())

@@ -14,6 +14,18 @@ def check_at_least(minimum: int, **numbers: int) -> None:
             raise ValueError(f"`{argument}` (={value}) must be at least {minimum}.")
 
 
+def check_between(lowest: float, highest: float, **numbers: float) -> None:
+    """Refuse a number below `lowest` or above `highest`.
+
+    Raises:
+        ValueError: If there is one; it names the argument.
+    """
+    for argument, value in numbers.items():
+        if not lowest <= value <= highest:
+            upper = "" if highest == float("inf") else f" and at most {highest}"
+            raise ValueError(f"`{argument}` (={value}) must be at least {lowest}{upper}.")
+
+
 def blocks_per_stage(depth: int, step: int, others: int) -> int:
     """The n of a network whose depth is step n + others.
 

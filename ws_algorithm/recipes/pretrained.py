@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 
-def load_pretrained(network: nn.Module, pretrained: str) -> None:
+def load_pretrained(network: nn.Module, pretrained: str, *, dropped: Sequence[str] = ()) -> None:
     """Load the weights of a file into a network, before any Weight Standardization.
 
     Every key of the network must be in the file and the other way round, with the same shape, except
@@ -28,6 +28,8 @@ def load_pretrained(network: nn.Module, pretrained: str) -> None:
         network: What the weights are for. Keys are those of its own ``state_dict()``.
         pretrained: Path of a file from ``torch.save``: a state dict, alone or under ``"state_dict"`` or ``"model"``.
             A prefix ``module.`` of its keys is dropped.
+        dropped: Modules that the file may have and the network has not, such as the classifier of a network that is
+            to be a backbone. Default: none.
 
     Raises:
         ValueError: If there is no such file, it holds no state dict, or its keys or shapes do not fit. The network is
@@ -37,7 +39,8 @@ def load_pretrained(network: nn.Module, pretrained: str) -> None:
         raise ValueError(f"`pretrained` (={pretrained!r}) must be a file, and there is none. Is the path right?")
     if any(parameter.is_meta for parameter in network.parameters()):
         return
-    found = _read(pretrained)
+    left_out = tuple(f"{module}." for module in dropped)
+    found = {key: tensor for key, tensor in _read(pretrained).items() if not key.startswith(left_out)}
     own = network.state_dict()
     new_head = _head_of_other_classes(network, found)
     compared = [key for key in own if key not in new_head and not key.endswith(_COUNTER)]

@@ -16,12 +16,14 @@ from torch import optim as torch_optim
 
 from ws_algorithm.algorithm import GroupNormalization, WeightStandardization
 from ws_algorithm.recipes.data.cifar import build_cifar10_dataspec, build_cifar100_dataspec
+from ws_algorithm.recipes.data.coco import build_coco_dataspec
 from ws_algorithm.recipes.data.digits import build_digits_dataspec
 from ws_algorithm.recipes.data.fashion_mnist import build_fashion_mnist_dataspec
 from ws_algorithm.recipes.data.image_folder import build_image_folder_dataspec, build_imagenet_dataspec
 from ws_algorithm.recipes.data.streaming_images import build_streaming_images_dataspec
 from ws_algorithm.recipes.data.synthetic_images import build_synthetic_images_dataspec
 from ws_algorithm.recipes.early_stopper import EarlyStopper
+from ws_algorithm.recipes.linear_warmup_multi_step import LinearWarmupMultiStepScheduler
 from ws_algorithm.recipes.models.cifar_alexnet import build_cifar_alexnet
 from ws_algorithm.recipes.models.cifar_densenet import build_cifar_densenet
 from ws_algorithm.recipes.models.cifar_preresnet import build_cifar_preresnet
@@ -30,6 +32,7 @@ from ws_algorithm.recipes.models.cifar_resnext import build_cifar_resnext
 from ws_algorithm.recipes.models.cifar_vgg import build_cifar_vgg
 from ws_algorithm.recipes.models.cifar_wide_resnet import build_cifar_wide_resnet
 from ws_algorithm.recipes.models.imagenet_resnet import build_imagenet_resnet
+from ws_algorithm.recipes.models.rcnn import build_faster_rcnn, build_mask_rcnn
 
 Registry = dict[str, Callable[..., Any]]
 
@@ -52,11 +55,14 @@ MODELS: Registry = {
     "cifar_resnext": build_cifar_resnext,
     "cifar_vgg": build_cifar_vgg,
     "cifar_wide_resnet": build_cifar_wide_resnet,
+    "faster_rcnn": build_faster_rcnn,
     "imagenet_resnet": build_imagenet_resnet,
+    "mask_rcnn": build_mask_rcnn,
 }
 DATA: Registry = {
     "cifar10": build_cifar10_dataspec,
     "cifar100": build_cifar100_dataspec,
+    "coco": build_coco_dataspec,
     "digits": build_digits_dataspec,
     "fashion_mnist": build_fashion_mnist_dataspec,
     "image_folder": build_image_folder_dataspec,
@@ -70,7 +76,9 @@ OPTIMIZERS: Registry = {
     for name, optimizer in _classes((torch_optim, optim), torch_optim.Optimizer).items()
     if name not in ("LBFGS", "SparseAdam")
 }
-SCHEDULERS: Registry = _classes((optim,), ComposerScheduler)
+SCHEDULERS: Registry = _classes((optim,), ComposerScheduler) | {
+    "LinearWarmupMultiStepScheduler": LinearWarmupMultiStepScheduler
+}
 ALGORITHMS: Registry = _classes((algorithms,), Algorithm) | {
     "GroupNormalization": GroupNormalization,
     "WeightStandardization": WeightStandardization,

@@ -40,6 +40,8 @@ class Recipe:
         global_eval_batch_size: Images per evaluation batch, over all devices; ``None``: as in training.
         optimizers: ``{name: <class>, lr: ..., param_groups: [{params: [...], <option>: ...}, ...]}``; an option of a
             group may be ``lr_factor``.
+        lr_base_batch_size: The `global_train_batch_size` for which the learning rates in `optimizers` are meant; with
+            another one they are multiplied by the ratio (the linear rule). ``None``: they are taken as they are.
         schedulers: ``{name: <class>, ...}``.
         algorithms: ``{<class>: {<argument>: <value>, ...}, ...}``; ``null``: none.
         callbacks: Likewise.
@@ -64,6 +66,7 @@ class Recipe:
 
     freeze: list[str] | None = None
     optimizers: dict[str, Any] = MISSING
+    lr_base_batch_size: int | None = None
     schedulers: dict[str, Any] | None = None
     algorithms: dict[str, Any] | None = None
     callbacks: dict[str, Any] | None = None

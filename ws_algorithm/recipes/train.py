@@ -61,6 +61,7 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
         build.build_data(source, recipe, "train_dataloader", training=True),
         build.build_data(source, recipe, "eval_dataloader", training=False),
     ]
+    build.check_same_classes(source, *data)
     recipe, folder = _open_run_folder(source, recipe)
     progress_bar = sys.stderr.isatty() if recipe.progress_bar is None else recipe.progress_bar
     with build.cpu_threads(recipe), _logging_to(folder / run_folder.LOG, epochs_on_screen=not progress_bar):

@@ -8,6 +8,7 @@ from ws_algorithm import apply_weight_standardization
 from ws_algorithm.recipes import registry
 from ws_algorithm.recipes.classifier import ImageClassifier
 
+from .small_detectors import BUILDERS as DETECTORS
 from .small_networks import NAMES_AND_NORMS, NETWORKS, NORMS, count, parameters
 
 
@@ -16,7 +17,7 @@ def build(name: str, norm: str = "group", **arguments: Any) -> ImageClassifier:
 
 
 def test_every_builder_is_tested():
-    assert NETWORKS.keys() == registry.MODELS.keys()
+    assert NETWORKS.keys() | DETECTORS.keys() == registry.MODELS.keys()
 
 
 @pytest.mark.parametrize(("name", "norm"), NAMES_AND_NORMS)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
-
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from typing import Literal, get_args
 
 from ws_algorithm.recipes.classifier import ImageClassifier
 from ws_algorithm.recipes.network_arguments import check_at_least
 from ws_algorithm.recipes.norm_layers import Norm, resolve_norm_layer
 from ws_algorithm.recipes.pretrained import load_pretrained
+from ws_algorithm.recipes.resnets import build_resnet
 
 Architecture = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x4d"
 ]
-
-# Blocks of each stage, and what a ResNeXt has besides
-_ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int], dict[str, Any]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2], {}),
-    "resnet34": (BasicBlock, [3, 4, 6, 3], {}),
-    "resnet50": (Bottleneck, [3, 4, 6, 3], {}),
-    "resnet101": (Bottleneck, [3, 4, 23, 3], {}),
-    "resnet152": (Bottleneck, [3, 8, 36, 3], {}),
-    "resnext50_32x4d": (Bottleneck, [3, 4, 6, 3], {"groups": 32, "width_per_group": 4}),
-    "resnext101_32x4d": (Bottleneck, [3, 4, 23, 3], {"groups": 32, "width_per_group": 4}),
-}
 
 
 def build_imagenet_resnet(
@@ -57,12 +45,9 @@ def build_imagenet_resnet(
     Source: He et al. 2016, https://arxiv.org/abs/1512.03385; Xie et al. 2017, https://arxiv.org/abs/1611.05431; with
     GroupNorm and Weight Standardization https://github.com/joe-siyuan-qiao/pytorch-classification.
     """
-    if arch not in _ARCHITECTURES:
-        raise ValueError(f"`arch` (={arch!r}) must be one of {', '.join(get_args(Architecture))}.")
     check_at_least(2, num_classes=num_classes)
     norm_layer = resolve_norm_layer(norm, num_groups, channels_per_group)
-    block, layers, grouped = _ARCHITECTURES[arch]
-    network = ResNet(block, layers, num_classes=num_classes, norm_layer=norm_layer, **grouped)
+    network = build_resnet(arch, get_args(Architecture), norm_layer, num_classes)
     if pretrained is not None:
         load_pretrained(network, pretrained)
     return ImageClassifier(network, num_classes)

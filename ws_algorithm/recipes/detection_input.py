@@ -1,0 +1,38 @@
+"""Images of any size to one batch of normalized ones, and predictions back to the size of each image."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+ImageFormat = Literal["rgb", "bgr255"]
+
+_MEAN = {"rgb": [0.485, 0.456, 0.406], "bgr255": [102.9801, 115.9465, 122.7717]}
+_STD = {"rgb": [0.229, 0.224, 0.225], "bgr255": [1.0, 1.0, 1.0]}
+
+
+class DetectionInput(GeneralizedRCNNTransform):
+    """Normalizes and resizes images and targets, and pads a batch with zeros, to the right and below.
+
+    Args:
+        min_size: What the shorter side becomes, in pixels, unless the longer one would exceed `max_size`.
+        max_size: The longest that the longer side becomes.
+        image_format: What the network sees of images in RGB from 0 to 1: ``"rgb"``, with ImageNet's mean and standard
+            deviation; ``"bgr255"``, as Detectron: BGR from 0 to 255 with the mean 102.9801, 115.9465, 122.7717.
+
+    Padded heights and widths are multiples of 32.
+
+    Raises:
+        ValueError: If `image_format` is not one of these.
+    """
+
+    def __init__(self, min_size: int, max_size: int, image_format: ImageFormat) -> None:
+        if image_format not in get_args(ImageFormat):
+            raise ValueError(f"`image_format` (={image_format!r}) must be 'rgb' or 'bgr255'.")
+        super().__init__(min_size, max_size, _MEAN[image_format], _STD[image_format], size_divisible=32)
+        self.image_format = image_format
+
+    def normalize(self, image: Tensor) -> Tensor:
+        return super().normalize(image if self.image_format == "rgb" else 255 * image.flip(0))
