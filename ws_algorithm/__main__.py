@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = verbs.add_parser("plot", help="draw the curves of runs", description="Draw runs over each other in a PNG.")
     plot.add_argument("runs", nargs="+", metavar="run", help="the folder of a run")
-    plot.add_argument("--output", default="curves.png", metavar="FILE", help="the PNG (curves.png)")
+    plot.add_argument("--output", default="plot.png", metavar="FILE", help="the PNG (plot.png)")
     plot.set_defaults(run=_plot)
 
     inspect = verbs.add_parser(

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from composer.core import Time
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import BinaryAccuracy
 from torchmetrics.regression import MeanSquaredError
 
 from ws_algorithm.recipes import best_checkpoint
 from ws_algorithm.recipes.best_checkpoint import BestCheckpoint, default_monitor
+from ws_algorithm.recipes.models.cifar_resnet import build_cifar_resnet
 
 
 @pytest.fixture(autouse=True)
@@ -95,10 +96,19 @@ def test_a_value_that_is_not_a_number_is_never_the_best_for_long(callback, highe
     assert saved_after([math.nan, 0.5, math.nan], callback, higher=higher)[1:] == [0.5, 0.5]
 
 
-def test_the_default_is_the_last_metric_that_says_what_is_better():
+def model_with(metrics: dict[str, Metric], **attributes: str) -> Any:
+    return SimpleNamespace(get_metrics=lambda is_train: {} if is_train else metrics, **attributes)
+
+
+def test_the_default_is_what_the_model_names_or_the_last_metric_that_says_what_is_better():
     undecided, higher, lower = MeanMetric(), BinaryAccuracy(), MeanSquaredError()
 
-    assert default_monitor({"a": higher, "b": lower, "c": undecided}) == "b"
-    assert default_monitor({"a": lower, "b": higher}) == "b"
-    assert default_monitor({"c": undecided}) is None
-    assert default_monitor({}) is None
+    assert default_monitor(model_with({"a": higher, "b": lower, "c": undecided})) == "b"
+    assert default_monitor(model_with({"a": lower, "b": higher})) == "b"
+    assert default_monitor(model_with({"a": lower, "b": higher}, default_monitor="a")) == "a"
+    assert default_monitor(model_with({"c": undecided})) is None
+    assert default_monitor(model_with({})) is None
+
+
+def test_the_best_classifier_is_that_of_the_highest_top_1_accuracy():
+    assert default_monitor(build_cifar_resnet(10, depth=8)) == "MulticlassAccuracy"

@@ -140,3 +140,23 @@ def test_data_of_more_classes_than_the_model_has_are_a_mistake():
 
     with pytest.raises(RecipeError, match=r"`model.num_classes` \(=7\) is less than the 10 of `train_dataloader`\."):
         build.build_data("recipe", recipe, "train_dataloader", training=True)
+
+
+def test_a_group_that_others_have_left_nothing_is_a_mistake():
+    with pytest.raises(RecipeError, match=r"`param_groups\[1\]\.params` .* selects only what groups before"):
+        resolve_recipe(
+            "quickstart",
+            ["optimizers.param_groups=[{params: norm, weight_decay: 0}, {params: '*.bn1.weight', lr_factor: 3}]"],
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [("{num_groups: 7}", "`num_groups` (=7) must divide"), ("{include: bn9}", "`include` has 'bn9'")],
+)
+def test_group_normalization_is_tried_before_training(arguments, problem):
+    with pytest.raises(RecipeError) as caught:
+        resolve_recipe("quickstart", ["model.norm=batch", f"algorithms={{GroupNormalization: {arguments}}}"])
+
+    (mistake,) = caught.value.errors
+    assert mistake.startswith(f"`algorithms.GroupNormalization`: {problem}")

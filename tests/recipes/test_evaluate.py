@@ -2,8 +2,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from ws_algorithm.recipes.evaluate import evaluate
+from ws_algorithm.recipes.models.cifar_resnet import build_cifar_resnet
 from ws_algorithm.recipes.report import read_metrics
 from ws_algorithm.recipes.schema import RecipeError
 from ws_algorithm.recipes.train import train
@@ -135,3 +137,11 @@ def test_plain_weights_are_not_taken_for_standardized_ones():
 
     # they load as raw weights, of another network
     assert plain != standardized
+
+
+def test_a_run_does_not_need_the_weights_that_it_began_with():
+    torch.save(build_cifar_resnet(10, depth=8, in_channels=1).module.state_dict(), "began.pt")
+    train("quickstart", [*FEW, "model.pretrained=began.pt", "save_folder=run"])
+    Path("began.pt").unlink()
+
+    assert 0 <= evaluate("run")["MulticlassAccuracy"] <= 1

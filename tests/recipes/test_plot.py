@@ -23,17 +23,17 @@ def runs(finished_run) -> list[str]:
 def test_runs_become_one_picture(runs, capsys):
     assert main(["plot", *runs]) == 0
 
-    assert capsys.readouterr().out == "curves of 2 runs: curves.png\n"
-    with Image.open("curves.png") as image:
+    assert capsys.readouterr().out == "curves of 2 runs: plot.png\n"
+    with Image.open("plot.png") as image:
         assert image.format == "PNG" and image.width > 1000
-    assert {path.name for path in Path().iterdir()} == {"one", "two", "curves.png"}
+    assert {path.name for path in Path().iterdir()} == {"one", "two", "plot.png"}
 
 
 def test_one_run_and_a_place_of_ones_own(runs, capsys):
     assert main(["plot", runs[0], "--output", "one/of one.png"]) == 0
 
     assert capsys.readouterr().out == "curves of 1 run: one/of one.png\n"
-    assert Path("one/of one.png").exists() and not Path("curves.png").exists()
+    assert Path("one/of one.png").exists() and not Path("plot.png").exists()
 
 
 def test_all_mistakes_are_listed_and_nothing_is_written(runs, capsys):

@@ -1,7 +1,9 @@
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,10 +16,13 @@ from ws_algorithm.recipes.norm_layers import Norm
 from ws_algorithm.recipes.pretrained import load_pretrained
 
 PATH = "weights.pt"  # every test has a folder of its own
+ANOTHER_NETWORK = "The file is of another network: compare the name, the arch or depth, and the widths."
 
 
-def network(num_classes: int = 5, width: int = 8, norm: Norm = "group", pretrained: str | None = None) -> nn.Module:
-    return build_cifar_resnet(num_classes, 8, width, norm=norm, pretrained=pretrained).module
+def network(
+    num_classes: int = 5, width: int = 8, norm: Norm = "group", pretrained: str | None = None, depth: int = 8
+) -> nn.Module:
+    return build_cifar_resnet(num_classes, depth, width, norm=norm, pretrained=pretrained).module
 
 
 def saved(wrap: Callable[[dict[str, Tensor]], Any] = dict, **arguments: Any) -> nn.Module:
@@ -39,6 +44,9 @@ def refusal(target: nn.Module, path: str = PATH) -> str:
     with pytest.raises(ValueError) as caught:
         load_pretrained(target, path)
     assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())  # nothing half done
+    with pytest.raises(ValueError) as unfilled:
+        load_pretrained(copy.deepcopy(target).to("meta"), path)
+    assert str(unfilled.value) == str(caught.value)  # so that checking a recipe finds it too
     assert f"`pretrained` (={path!r}) must " in str(caught.value)
     return str(caught.value)
 
@@ -126,7 +134,27 @@ def test_other_shapes_are_refused_even_in_the_classifier(caplog):
 
     assert caplog.records == []
     assert "Of another shape: 'conv1.weight' (16, 3, 3, 3) instead of (8, 3, 3, 3), 'bn1.weight' (16,)" in message
-    assert "compare the name, the depth and the widths" in message.lower()
+    assert message.endswith(ANOTHER_NETWORK)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch", "frozen"])
+@pytest.mark.parametrize(("depth", "other", "first"), [(14, 8, "Missing"), (8, 14, "Unexpected")])
+def test_another_depth_is_not_taken_for_another_norm(depth, other, first, norm):
+    saved(depth=other, norm=norm)
+
+    message = refusal(network(depth=depth, norm=norm))
+
+    assert f"{first}: 'layer1.1.conv1.weight', " in message
+    assert message.endswith(ANOTHER_NETWORK)
+
+
+@pytest.mark.parametrize("depth", [8, 14, 20])
+def test_another_norm_is_named_before_another_depth(depth):
+    saved(depth=14, norm="batch")
+    assert refusal(network(depth=depth)).endswith("build with `norm` 'batch' or 'frozen'.")
+
+    saved(depth=14, norm="group")
+    assert refusal(network(depth=depth, norm="batch")).endswith("build with `norm` 'group'.")
 
 
 def test_a_file_without_classifier_is_refused():
@@ -184,11 +212,26 @@ def test_a_file_that_is_not_there_is_refused():
         assert "must be a file, and there is none" in refusal(network(), path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 cut off"])
+# What the unpickler makes of text: KeyError, IndexError, struct.error, UnpicklingError
+TEXTS = [b"hello world\n", b"run_name: resnet\nseed: 17\n", b"seed: 17\n", b"j", b"model:\n  name: cifar_resnet\n"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 cut off", *TEXTS])
 def test_a_file_that_torch_cannot_read_is_refused(content):
     Path(PATH).write_bytes(content)
 
-    assert "Save the state dict alone" in refusal(network())
+    message = refusal(network())
+
+    assert "must be a file of tensors saved by torch.save, and it is not: " in message
+    assert message.endswith("Save the state dict alone.")
+
+
+def test_a_file_that_the_disk_refuses_is_not_taken_for_another_format(monkeypatch):
+    saved()
+    monkeypatch.setattr(torch, "load", Mock(side_effect=PermissionError(13, "Permission denied", PATH)))
+
+    with pytest.raises(PermissionError, match=f"Permission denied: '{PATH}'"):
+        network(pretrained=PATH)
 
 
 @pytest.mark.parametrize("content", [{}, [torch.ones(2)], {"epoch": 3}, {"state": {"model": {}}}, torch.ones(2)])
@@ -204,13 +247,26 @@ def test_a_pickled_model_is_not_executed():
     assert "Save the state dict alone" in refusal(network())
 
 
-def test_on_the_meta_device_a_file_must_exist_and_is_not_read():
-    Path(PATH).write_bytes(b"anything")
+@pytest.mark.parametrize("norm", ["group", "batch", "frozen"])
+@pytest.mark.parametrize("num_classes", [5, 9])
+def test_on_the_meta_device_a_file_that_fits_fills_nothing(num_classes, norm, caplog):
+    saved(num_classes=num_classes, norm=norm)
+
+    with caplog.at_level(logging.INFO, "ws_algorithm"), torch.device("meta"):
+        checked = network(norm=norm, pretrained=PATH)
+
+    assert {tensor.device.type for tensor in checked.state_dict().values()} == {"meta"}
+    assert caplog.records == []  # a head that starts anew is for the log of the run
+
+
+def test_on_the_meta_device_the_first_mistake_is_found_while_building():
+    saved(depth=14)
 
     with torch.device("meta"):
-        assert next(network(pretrained=PATH).parameters()).is_meta
-        with pytest.raises(ValueError, match="must be a file"):
+        with pytest.raises(ValueError, match="must be a file, and there is none"):
             network(pretrained="nowhere.pt")
+        with pytest.raises(ValueError, match=ANOTHER_NETWORK):
+            network(pretrained=PATH)
 
 
 def test_a_file_of_2019_loads():
@@ -218,6 +274,8 @@ def test_a_file_of_2019_loads():
     torch.save(source.state_dict(), PATH, _use_new_zipfile_serialization=False)  # the default until torch 1.6
 
     assert same(source, network(pretrained=PATH))
+    with torch.device("meta"):
+        assert next(network(pretrained=PATH).parameters()).is_meta
 
 
 def test_a_network_without_classifier_has_no_other_classes():

@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from ws_algorithm import is_weight_standardized
 from ws_algorithm.recipes.catalogue import shipped_recipes
 from ws_algorithm.recipes.resolve import resolve_recipe
 from ws_algorithm.recipes.schema import Recipe
@@ -55,7 +57,12 @@ def test_a_recipe_trains_for_two_steps(name: str, tmp_path: Path):
     losses = [row["loss/train/total"] for row in rows if "loss/train/total" in row]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     assert int(trainer.state.timestamp.sample) == 4
-    assert any("metrics/eval/MulticlassAccuracy" in row for row in rows)
+    assert any(0 <= row.get("metrics/eval/MulticlassAccuracy", -1) <= 1 for row in rows)
+    convolutions = [module for module in trainer.state.model.modules() if isinstance(module, nn.Conv2d)]
+    standardized = [conv for conv in convolutions if is_weight_standardized(conv)]
+    assert bool(standardized) == (name.endswith("_ws") or name == "quickstart")
+    # all of them, but for the two transitions of a DenseNet, which pooling follows
+    assert not standardized or len(convolutions) - len(standardized) == (2 if "densenet" in name else 0)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "/" in name and not name.startswith("fashion")])

@@ -9,6 +9,7 @@ from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
+from composer.models import ComposerModel
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 
@@ -53,10 +54,11 @@ class BestCheckpoint(Callback):
         return value > self.best if metric.higher_is_better else value < self.best
 
 
-def default_monitor(metrics: dict[str, Any]) -> str | None:
-    """The last metric that says whether higher or lower is better."""
-    known = monitorable(metrics)
-    return known[-1] if known else None
+def default_monitor(model: ComposerModel) -> str | None:
+    """The evaluation metric that a model names as ``default_monitor``, or the last one that can be monitored."""
+    named: str | None = getattr(model, "default_monitor", None)
+    known = monitorable(model.get_metrics(is_train=False))
+    return named or (known[-1] if known else None)
 
 
 def monitorable(metrics: dict[str, Any]) -> list[str]:

@@ -85,7 +85,14 @@ def _needed_outputs(spec: DataSpec) -> int:
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     block = dict(recipe.optimizers)
     groups = [_typed_group(block, group) for group in block.pop("param_groups", None) or []]
-    params = [group for group in parameter_groups(model, groups) if group["params"]]
+    *chosen, rest = parameter_groups(model, groups)
+    for position, group in enumerate(chosen):
+        if not group["params"]:
+            raise ValueError(
+                f"`param_groups[{position}].params` (={groups[position]['params']!r}) selects only what groups "
+                "before it have. Put it before them."
+            )
+    params = [*chosen, rest] if rest["params"] else chosen
     return _build(registry.OPTIMIZERS, block, params=params)
 
 

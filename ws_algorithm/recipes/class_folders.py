@@ -35,7 +35,12 @@ class LabelledFiles:
     classes: list[str]
 
 
-def find_labelled_files(root: str | Path, split: str, *, allow_empty_classes: bool = False) -> LabelledFiles:
+_REMEDY = "Remove their folders, or set allow_empty_classes=true to keep their labels."
+
+
+def find_labelled_files(
+    root: str | Path, split: str, *, allow_empty_classes: bool = False, remedy: str = _REMEDY
+) -> LabelledFiles:
     """Find the images in ``root/split/<class>/``, at any depth below the class folder.
 
     The classes are those of ``root/train`` for every split, so that labels agree; if there is no ``root/train``, they
@@ -45,6 +50,7 @@ def find_labelled_files(root: str | Path, split: str, *, allow_empty_classes: bo
         root: The folder of the data set.
         split: The name of a folder in it.
         allow_empty_classes: Whether a class of the training split may have no image. Default: ``False``.
+        remedy: What to do about such a class, for the error. Default: what those do who have the option.
 
     Raises:
         ValueError: If the split, its class folders or all images are missing, a class is empty, or a class is not one
@@ -65,7 +71,7 @@ def find_labelled_files(root: str | Path, split: str, *, allow_empty_classes: bo
     if not names:
         raise ValueError(f"{folder} has no images in its class folders; files are images if they end in {_ENDINGS}.")
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
-    _check_empty(folder, empty, allowed=allow_empty_classes or split != "train")
+    _check_empty(folder, empty, None if allow_empty_classes or split != "train" else remedy)
     start = len(os.fsencode(folder)) + 1
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
     return LabelledFiles(folder, np.array([name[start:] for name in names]), labels, classes)
@@ -104,12 +110,13 @@ def _class_folders(folder: Path, layout: str) -> list[str]:
     return classes
 
 
-def _check_empty(folder: Path, empty: list[str], allowed: bool) -> None:
+def _check_empty(folder: Path, empty: list[str], remedy: str | None) -> None:
+    """Refuse classes without images with a remedy, or, if there is none, warn of them."""
     if not empty:
         return
     message = f"{folder} has no images of {len(empty)} of the classes: {_some(empty)}."
-    if not allowed:
-        raise ValueError(f"{message} Remove their folders, or set allow_empty_classes=true to keep their labels.")
+    if remedy is not None:
+        raise ValueError(f"{message} {remedy}")
     _warn(message)
 
 

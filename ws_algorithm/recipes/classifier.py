@@ -14,12 +14,15 @@ class ImageClassifier(ComposerClassifier):
 
     Accuracies are shares of all images, from 0 to 1. ``Top5Accuracy``, whether the label is among the five highest
     outputs, is there with more than five classes. ``CrossEntropy`` is Composer's, the mean over batches of their
-    means. In training there is ``MulticlassAccuracy`` alone.
+    means. In training there is ``MulticlassAccuracy`` alone. The best checkpoint of a run is that of the highest
+    ``MulticlassAccuracy``, unless the recipe says otherwise.
 
     Args:
         network: Maps images ``(N, C, H, W)`` to outputs ``(N, num_classes)``.
         num_classes: Number of classes.
     """
+
+    default_monitor = "MulticlassAccuracy"
 
     def __init__(self, network: nn.Module, num_classes: int) -> None:
         metrics: dict[str, Metric | MetricCollection] = {

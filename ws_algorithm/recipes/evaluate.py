@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from composer.utils import dist, get_device, reproducibility
 from torchmetrics import Metric
 
 from ws_algorithm.recipes import build, report, run_folder
+from ws_algorithm.recipes.image_files import DataError
+from ws_algorithm.recipes.loading import unreadable_line
 from ws_algorithm.recipes.metrics import SOURCE, published_figures
 from ws_algorithm.recipes.per_class import (
     class_names,
@@ -23,8 +26,11 @@ from ws_algorithm.recipes.per_class import (
     per_class_table,
     take_per_class,
 )
+from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.resolve import resolve_recipe
 from ws_algorithm.recipes.schema import Recipe, RecipeError, in_one_line
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(source: str, overrides: Sequence[str] = (), *, per_class: bool = False) -> dict[str, float]:
@@ -42,8 +48,8 @@ def evaluate(source: str, overrides: Sequence[str] = (), *, per_class: bool = Fa
         Metric values by name.
 
     Raises:
-        RecipeError: If the recipe has mistakes, has no evaluation data or no checkpoint, or its model does not say how
-            to measure each class.
+        RecipeError: If the recipe has mistakes, has no evaluation data or no checkpoint, its model does not say how to
+            measure each class, or too many files of its data cannot be read.
     """
     folder = Path(source).expanduser()
     in_folder = (folder / run_folder.RECIPE).is_file()
@@ -51,6 +57,7 @@ def evaluate(source: str, overrides: Sequence[str] = (), *, per_class: bool = Fa
         source = str(folder / run_folder.RECIPE)
         own = [override for override in overrides if override.startswith("load_path=")]
         overrides = [*overrides, *(own or [f"load_path={json.dumps(str(_checkpoint_of(source, folder)))}"])]
+        overrides += _without_pretrained(Path(source))
     recipe = resolve_recipe(source, overrides)
     dist.initialize_dist(get_device(recipe.device), timeout=recipe.dist_timeout)
     checkpoint = recipe.load_path
@@ -69,11 +76,18 @@ def evaluate(source: str, overrides: Sequence[str] = (), *, per_class: bool = Fa
             raise RecipeError(source, [f"`load_path` (={checkpoint!r}): {in_one_line(error)}"]) from error
         if per_class:
             measure_per_class(trainer, _metric_of_each_class(source, model))
-        trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
+        try:
+            trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
+        except DataError as error:
+            trainer.close()
+            raise RecipeError(source, [f"`eval_dataloader`: {error.in_one_line()}"]) from error
         classes = take_per_class(trainer) if per_class else None
         trainer.close()
+    unreadable = unreadable_line(data)
     values = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     if dist.get_global_rank() == 0:
+        if unreadable is not None:
+            log.warning("`eval_dataloader`: %s", unreadable)
         _print_values(recipe, values)
         if classes is not None:
             header, rows = per_class_table(class_names(data, len(classes[0])), *classes)
@@ -124,6 +138,12 @@ def _state_with_algorithms(checkpoint: Path) -> dict[str, Any] | None:
         return None
     state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["state"]
     return state if any(set(kept) - {"repr"} for _, kept in state.get("algorithms", [])) else None
+
+
+def _without_pretrained(recipe_of_run: Path) -> list[str]:
+    """The override that keeps a run from looking for the weights it began with, which its checkpoint replaces."""
+    recipe, _ = read_recipe(recipe_of_run)
+    return ["model.pretrained=null"] if (recipe.model or {}).get("pretrained") else []
 
 
 def _checkpoint_of(source: str, folder: Path) -> Path:

@@ -19,6 +19,14 @@ from torchvision.datasets import VisionDataset
 log = logging.getLogger(__name__)
 
 
+class DataError(ValueError):
+    """The data themselves are wrong, found while they are read."""
+
+    def in_one_line(self) -> str:
+        """What was said where the data were read; what comes from a worker process has a traceback around it."""
+        return " ".join(str(self).rpartition("DataError: ")[2].split())
+
+
 class ImageFiles(VisionDataset):
     """Images in files, in RGB. A file that cannot be read is named once in the log and then passed over.
 
@@ -38,8 +46,8 @@ class ImageFiles(VisionDataset):
             Default: of any size.
 
     Raises:
-        ValueError: If `max_corrupt_share` is out of its range; when an image is asked for, if more are unreadable, or
-            all of them.
+        ValueError: If `max_corrupt_share` is out of its range.
+        DataError: When an image is asked for, if more are unreadable, or all of them.
     """
 
     def __init__(
@@ -73,8 +81,13 @@ class ImageFiles(VisionDataset):
             if image is not None:
                 return self.transform(image), self.labels[position]  # pyright: ignore[reportOptionalCall]
         if self.blank is None:
-            raise ValueError(f"None of the {len(self)} images in {self.root} can be read: {self._corrupt_names()}.")
+            raise DataError(f"None of the {len(self)} images in {self.root} can be read: {self._corrupt_names()}.")
         return self.blank, self.labels[index]
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Names of the files that could not be read so far, relative to the folder, in the order of their positions."""
+        return [os.path.relpath(self.path(i), self.root) for i in self.is_corrupt.nonzero().flatten().tolist()]
 
     def path(self, position: int) -> str:
         return os.path.join(self.root, os.fsdecode(bytes(self.names[position])))
@@ -89,23 +102,22 @@ class ImageFiles(VisionDataset):
             except Exception as error:  # decoders meet broken files with errors of many types
                 self.is_corrupt[position] = True
                 instead = "the next image takes its place" if self.blank is None else "it counts as a blank image"
-                log.warning("%s cannot be read (%s); %s.", self.path(position), _reason(error), instead)
+                log.warning("%s cannot be read (%s); %s.", self.path(position), reason_of(error), instead)
         self._check_share()
         return None
 
     def _check_share(self) -> None:
         count = int(self.is_corrupt.sum())
         if count > self.max_corrupt_share * len(self):
-            raise ValueError(
+            raise DataError(
                 f"{count} of {len(self)} images in {self.root} cannot be read ({100 * count / len(self):.3g} %), more "
                 f"than `max_corrupt_share` (={self.max_corrupt_share}) allows: {self._corrupt_names()}. Mend or remove "
                 "them, or raise max_corrupt_share."
             )
 
     def _corrupt_names(self) -> str:
-        positions = self.is_corrupt.nonzero().flatten().tolist()
-        names = [os.path.relpath(self.path(position), self.root) for position in positions[:5]]
-        return ", ".join(names) + (f" and {len(positions) - 5} more" if len(positions) > 5 else "")
+        names = self.unreadable
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def read_rgb(path: str | Path) -> Image.Image:
@@ -133,7 +145,8 @@ def _check_size(image: Image.Image, size: Tensor) -> None:
         raise ValueError(f"{image.width}x{image.height} pixels instead of the {width}x{height} that are stated")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read, in the words of its error unless they tell less than ours."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or a broken one"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

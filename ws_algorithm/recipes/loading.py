@@ -99,6 +99,21 @@ def dataspec(
     )
 
 
+def unreadable_line(data: DataSpec | None) -> str | None:
+    """How many items of a data set could not be read so far and up to five of their names; ``None`` if all could.
+
+    A data set that passes over what it cannot read has the names as ``unreadable``. They are gathered from all
+    processes: each of them must call this.
+    """
+    dataset = getattr(data and data.dataloader, "dataset", None)
+    names: list[str] | None = getattr(dataset, "unreadable", None)
+    if names is None:
+        return None
+    found = sorted({name for part in dist.all_gather_object(names) for name in part})
+    some = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+    return f"{len(found)} of {len(dataset)} images could not be read: {some}" if found else None
+
+
 def _as_it_is(batch: Any) -> tuple[Tensor, Tensor]:
     return batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -47,8 +48,8 @@ def parameter_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> l
             matches = {id(p) for name, p in named if _selects(selector, name, id(p) in of_norms)}
             if not matches:
                 frozen = any(_selects(selector, name, id(p) in of_norms) for name, p in everything)
-                problem = f"selects nothing with {selector!r}{': all of it is frozen' if frozen else ''}"
-                raise ValueError(f"`param_groups[{position}].params` {problem}.")
+                hint = ": all of it is frozen." if frozen else f".{_hint(selector, [name for name, _ in everything])}"
+                raise ValueError(f"`param_groups[{position}].params` selects nothing with {selector!r}{hint}")
             chosen |= matches
         options = {key: value for key, value in group.items() if key != "params"}
         result.append({"params": [p for _, p in named if id(p) in chosen - taken], **options})
@@ -65,6 +66,11 @@ def _selectors(position: int, group: Mapping[str, Any]) -> list[str]:
             "of these."
         )
     return list(selectors)
+
+
+def _hint(selector: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(selector, ["bias", "norm", *names], n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _selects(selector: str, name: str, of_norm: bool) -> bool:

@@ -10,13 +10,15 @@ from ws_algorithm.recipes.curves import draw_runs
 from ws_algorithm.recipes.report import Row, read_metrics
 from ws_algorithm.recipes.schema import RecipeError
 
+DEFAULT_OUTPUT = "plot.png"  # not the name of a run's own picture, which it would replace inside of a run folder
 
-def plot(folders: Sequence[str], output: str = run_folder.CURVES) -> Path:
+
+def plot(folders: Sequence[str], output: str = DEFAULT_OUTPUT) -> Path:
     """Draw the curves of runs over each other: losses, evaluation errors and learning rate over epochs.
 
     Args:
         folders: Run folders.
-        output: The PNG. Default: ``"curves.png"`` in the current folder.
+        output: The PNG. Default: ``"plot.png"`` in the current folder.
 
     Returns:
         The path of the PNG.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def load_pretrained(network: nn.Module, pretrained: str, *, dropped: Sequence[st
     - the weight and bias of the last ``Linear`` if the file has another number of classes: they keep their
       initialization, and the log says so.
 
-    On the meta device, where recipes are checked, only the existence of the file is.
+    A network on the meta device, as when a recipe is checked, is compared with the file and stays as it is.
 
     Args:
         network: What the weights are for. Keys are those of its own ``state_dict()``.
@@ -37,10 +36,10 @@ def load_pretrained(network: nn.Module, pretrained: str, *, dropped: Sequence[st
     """
     if not Path(pretrained).is_file():
         raise ValueError(f"`pretrained` (={pretrained!r}) must be a file, and there is none. Is the path right?")
-    if any(parameter.is_meta for parameter in network.parameters()):
-        return
+    only_compare = any(parameter.is_meta for parameter in network.parameters())
     left_out = tuple(f"{module}." for module in dropped)
-    found = {key: tensor for key, tensor in _read(pretrained).items() if not key.startswith(left_out)}
+    read = _read(pretrained, "meta" if only_compare else "cpu")
+    found = {key: tensor for key, tensor in read.items() if not key.startswith(left_out)}
     own = network.state_dict()
     new_head = _head_of_other_classes(network, found)
     compared = [key for key in own if key not in new_head and not key.endswith(_COUNTER)]
@@ -55,8 +54,10 @@ def load_pretrained(network: nn.Module, pretrained: str, *, dropped: Sequence[st
             *_listed("of another shape", shapes),
         ]
         raise ValueError(
-            f"`pretrained` (={pretrained!r}) must fit the network. {'; '.join(problems)}. {_fix(missing, unexpected)}"
+            f"`pretrained` (={pretrained!r}) must fit the network. {'; '.join(problems)}. {_fix(found, own)}"
         )
+    if only_compare:
+        return
     if new_head:
         log.info(
             "`pretrained` (=%r) has %d classes and the network %d: %s start anew",
@@ -69,16 +70,18 @@ def load_pretrained(network: nn.Module, pretrained: str, *, dropped: Sequence[st
 
 
 _COUNTER = "num_batches_tracked"
-_STATISTICS = ("running_mean", "running_var")
+_STATISTICS = "running_mean"
 
 
-def _read(pretrained: str) -> dict[str, Tensor]:
+def _read(pretrained: str, device: str) -> dict[str, Tensor]:
     try:
-        content = torch.load(pretrained, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        content = torch.load(pretrained, map_location=device, weights_only=True)
+    except OSError:
+        raise  # the disk's own message is about the path
+    except Exception as error:  # the unpickler takes text for instructions and fails in any way
         raise ValueError(
-            f"`pretrained` (={pretrained!r}) must be a file of tensors from torch.save, and cannot be read as one. "
-            "Save the state dict alone."
+            f"`pretrained` (={pretrained!r}) must be a file of tensors saved by torch.save, and it is not: it is of "
+            "another format, is cut off, or holds a whole model. Save the state dict alone."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -110,11 +113,12 @@ def _listed(what: str, items: list[str]) -> list[str]:
     return [f"{what.capitalize()}: {', '.join(items[:3])}{more}"] if items else []
 
 
-def _fix(missing: list[str], unexpected: list[str]) -> str:
-    if any(key.endswith(_STATISTICS) for key in unexpected):
+def _fix(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    theirs, ours = (any(key.endswith(_STATISTICS) for key in keys) for keys in (found, own))
+    if theirs and not ours:
         return "The file is of a network with BatchNorm: build with `norm` 'batch' or 'frozen'."
-    if any(key.endswith(_STATISTICS) for key in missing):
+    if ours and not theirs:
         return "The file is of a network without BatchNorm: build with `norm` 'group'."
-    if any(".parametrizations." in key for key in unexpected):
+    if any(".parametrizations." in key for key in found):
         return "The file is of a parametrized model: call remove_weight_standardization on it and save it again."
-    return "Is it of another network? Compare the name, the depth and the widths."
+    return "The file is of another network: compare the name, the arch or depth, and the widths."

@@ -21,6 +21,7 @@ from torch import nn
 
 from ws_algorithm.algorithm import WeightStandardization
 from ws_algorithm.functional import check_selection
+from ws_algorithm.group_norm import replace_batch_norms
 from ws_algorithm.recipes import build, freezing, registry
 from ws_algorithm.recipes.catalogue import find_recipe
 from ws_algorithm.recipes.linear_rule import apply_linear_rule, check_linear_rule
@@ -44,6 +45,8 @@ _MAPPING_BLOCKS: dict[str, registry.Registry] = {
     "callbacks": registry.CALLBACKS,
     "loggers": registry.LOGGERS,
 }
+
+_OTHER_SURGERY = registry.SURGERY - {"GroupNormalization"}  # by Composer's algorithms
 
 
 def resolve_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -195,7 +198,10 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
         for position, group in enumerate(groups if isinstance(groups, list) else []):
             if isinstance(group, dict) and groups_alone:
                 attempt(f"optimizers.param_groups[{position}]", partial(_try_group, recipe, group))
-        if model is not None and built.get("WeightStandardization") and not registry.SURGERY & built.keys():
+        if model is not None and built.get("GroupNormalization") and not _OTHER_SURGERY & built.keys():
+            (algorithm,) = built["GroupNormalization"]
+            attempt("algorithms.GroupNormalization", partial(replace_batch_norms, model, algorithm.rules))
+        if model is not None and built.get("WeightStandardization") and not _OTHER_SURGERY & built.keys():
             (algorithm,) = built["WeightStandardization"]
             attempt("algorithms.WeightStandardization", partial(_try_selection, algorithm, model))
     return errors + check_metrics(recipe, model)

@@ -201,8 +201,8 @@ def first_line(error: Exception) -> str:
 
 
 def in_one_line(error: Exception) -> str:
-    """All that an exception says, up to 400 characters, without its line breaks."""
-    return " ".join(str(error).split())[:400]
+    """All that an exception says, up to 1,000 characters, without its line breaks."""
+    return " ".join(str(error).split())[:1000]
 
 
 def _typed(key: str, value: Any) -> Any:

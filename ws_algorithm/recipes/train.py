@@ -25,6 +25,8 @@ from ws_algorithm.recipes.best_checkpoint import BestCheckpoint, default_monitor
 from ws_algorithm.recipes.catalogue import find_recipe
 from ws_algorithm.recipes.curves import draw_curves
 from ws_algorithm.recipes.epoch_table import EpochTable
+from ws_algorithm.recipes.image_files import DataError
+from ws_algorithm.recipes.loading import unreadable_line
 from ws_algorithm.recipes.metrics import published_figures
 from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.resolve import resolve_recipe
@@ -53,7 +55,8 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
         The Trainer after training, closed.
 
     Raises:
-        RecipeError: If the recipe has mistakes, its data are not there or its folder is taken; lists them all.
+        RecipeError: If the recipe has mistakes, its data are not there or its folder is taken, lists them all; while
+            it trains, if too many files of its data cannot be read.
     """
     recipe = resolve_recipe(source, overrides)
     dist.initialize_dist(get_device(recipe.device), timeout=recipe.dist_timeout)
@@ -70,9 +73,9 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
         if _is_complete(trainer):
             log.info("%s is already trained for %s; nothing is left to do.", folder, recipe.max_duration)
         else:
-            trainer.fit()
-        trainer.close()
-        _clean_up(trainer)
+            _fit_or_refuse(source, trainer)
+        _close(trainer)
+        _tell_of_unreadable(data)
         if dist.get_global_rank() == 0:
             run_folder.remove_old_checkpoints(folder, recipe.save_num_checkpoints_to_keep)
             _report(trainer, recipe, folder)
@@ -167,14 +170,33 @@ def _build_trainer(recipe: Recipe, folder: Path, data: list[DataSpec | None], pr
 
 def _own_callbacks(recipe: Recipe, model: ComposerModel, folder: Path) -> list[Any]:
     callbacks: list[Any] = [] if "LRMonitor" in (recipe.callbacks or {}) else [LRMonitor()]
-    monitor = recipe.monitor or default_monitor(model.get_metrics(is_train=False))
+    monitor = recipe.monitor or default_monitor(model)
     if recipe.eval_dataloader is not None and monitor is not None:
         callbacks.append(BestCheckpoint(folder / run_folder.BEST, monitor))
     return callbacks
 
 
-def _clean_up(trainer: Trainer) -> None:
-    """Remove the temporary folder that Composer leaves to the garbage collector, which warns."""
+def _fit_or_refuse(source: str, trainer: Trainer) -> None:
+    try:
+        trainer.fit()
+    except DataError as error:
+        key = "train_dataloader" if trainer.state.dataloader_label == "train" else "eval_dataloader"
+        problem = f"`{key}`: {error.in_one_line()}"
+        log.error("%s", problem, exc_info=True)  # not on the screen, which has it from the RecipeError
+        _close(trainer)
+        raise RecipeError(source, [problem]) from error
+
+
+def _tell_of_unreadable(data: list[DataSpec | None]) -> None:
+    for key, spec in zip(("train_dataloader", "eval_dataloader"), data, strict=True):
+        line = unreadable_line(spec)
+        if line is not None and dist.get_global_rank() == 0:
+            log.warning("`%s`: %s", key, line)
+
+
+def _close(trainer: Trainer) -> None:
+    """Close, and remove the temporary folder that Composer leaves to the garbage collector, which warns."""
+    trainer.close()
     for callback in trainer.state.callbacks:
         if isinstance(callback, CheckpointSaver):
             callback.tmp_dir_for_symlink.cleanup()

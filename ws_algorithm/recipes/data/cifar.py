@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from ws_algorithm.recipes.class_folders import LabelledFiles, find_labelled_files
-from ws_algorithm.recipes.image_files import read_rgb
+from ws_algorithm.recipes.image_files import read_rgb, reason_of
 from ws_algorithm.recipes.loading import ImagesInMemory, dataspec
 from ws_algorithm.recipes.synthetic import SYNTHETIC, SyntheticImages
 
@@ -121,7 +121,8 @@ def _read_pickles(
 
 
 def _read_folders(num_classes: int, split: Split, root: Path) -> tuple[Tensor, Tensor, list[str]]:
-    files = find_labelled_files(root, split)
+    remedy = f"CIFAR-{num_classes} has images of every class; for other data, use `image_folder`."
+    files = find_labelled_files(root, split, remedy=remedy)
     expected = CIFAR10_CLASSES if num_classes == 10 else None
     if len(files.classes) != num_classes or expected not in (None, files.classes):
         found = ", ".join(files.classes[:10]) + (", ..." if len(files.classes) > 10 else "")
@@ -143,7 +144,7 @@ def _read_images(files: LabelledFiles) -> Tensor:
         try:
             pixels = np.array(read_rgb(path))
         except Exception as error:  # decoders meet broken files with errors of many types
-            problems.append(f"{path} ({error})")
+            problems.append(f"{path} ({reason_of(error)})")
             continue
         if pixels.shape == (32, 32, 3):
             images[position] = torch.from_numpy(pixels).permute(2, 0, 1)

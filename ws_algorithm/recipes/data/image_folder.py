@@ -89,8 +89,8 @@ def build_image_folder_dataspec(
         std: Of each channel. Default: ImageNet's.
 
     Raises:
-        ValueError: If folders, classes or images are missing or do not agree, or a number is out of its range; when
-            batches are read, if too many images are unreadable.
+        ValueError: If folders, classes or images are missing or do not agree, or a number is out of its range.
+        DataError: When batches are read, if too many images are unreadable.
     """
     transform = photo_transform(image_size, resize, mean, std, augment=augment and training)
     if root == SYNTHETIC:
