@@ -199,7 +199,7 @@ class Loan:
         if held is None or not held.is_current(raw):
             (held,) = hold_all([raw], self.formula, dtype)
             deferral.hold(held)
-        return self._with_graph(held, dtype) if with_gradient else held.alias(dtype)
+        return self._with_graph(held, dtype) if with_gradient else held.value(dtype)
 
     def _with_graph(self, held: HeldWeight, dtype: torch.dtype) -> Tensor:
         """One node of the graph per forward and backward, which a convolution that is called again shares.

@@ -62,16 +62,15 @@ class HeldWeight:
         return dtype_in_convolution(self.raw) if _autocasts(self._kind) else self.raw.dtype
 
     def value(self, dtype: torch.dtype) -> Tensor:
-        """The standardized weight in `dtype`; computed again if someone has written into the one that is held."""
+        """The standardized weight in `dtype`; computed again if someone has written into the one that is held.
+
+        Likewise if someone wants its gradient, which stays theirs then.
+        """
         held = self._by_dtype.get(dtype)
-        if held is None or held[0].weight._version != held[1]:
+        if held is None or held[0].weight._version != held[1] or held[0].weight.requires_grad:
             standardized = standardize_all([self.raw], dtype, self.formula)[0]
             held = self._by_dtype[dtype] = (standardized, standardized.weight._version)
         return held[0].weight
-
-    def alias(self, dtype: torch.dtype) -> Tensor:
-        """:meth:`value` as a tensor of its own: hooks and flags that a user sets on it stay with the user."""
-        return self.value(dtype).detach()
 
     def project(self, gradient: Tensor) -> Tensor:
         """The gradient of the raw weight, from that of the standardized weight that is held."""

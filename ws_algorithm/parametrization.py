@@ -70,7 +70,7 @@ class WeightStandardizer(nn.Module):
             if with_gradient:
                 return None
             if held is not None and held.is_current(weight) and not is_watched(weight):
-                return held.alias(held.dtype_here())
+                return held.value(held.dtype_here())
         if is_watched(weight) if memory.is_lent(weight) else not may_be_held(weight):
             return None
         assert isinstance(weight, nn.Parameter)
@@ -81,7 +81,7 @@ class WeightStandardizer(nn.Module):
         if held is None or not held.is_current(weight):
             (held,) = hold_all([weight], self.formula, dtype)
             memory.held = held
-        return held.alias(dtype)
+        return held.value(dtype)
 
     def train(self, mode: bool = True) -> WeightStandardizer:
         """Set the mode; what is held is computed again, which also notices edits that PyTorch does not count.
