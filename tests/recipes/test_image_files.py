@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from ws_algorithm.recipes.image_files import ImageFiles, read_rgb
+from ws_algorithm.recipes.image_files import DataError, ImageFiles, read_rgb
 
 from .data.sources import random_image, truncate
 
@@ -142,7 +142,7 @@ def test_the_share_is_of_all_images_and_may_be_reached(training):
     everything(image_files(4, {0}, training=training, share=0.25))
 
     with pytest.raises(
-        ValueError, match=r"2 of 4 images in \. cannot be read \(50 %\), .*\(=0.25\) allows: 0.png, 3.png"
+        DataError, match=r"2 of 4 images in \. cannot be read \(50 %\), .*\(=0.25\) allows: 0.png, 3.png"
     ):
         everything(image_files(4, {0, 3}, training=training, share=0.25))
 
@@ -154,6 +154,23 @@ def test_up_to_five_files_are_named():
         everything(files)
 
 
+def test_those_that_could_not_be_read_are_listed_by_position():
+    files = image_files(12, {2, 10}, training=False)
+    assert files.unreadable == []
+
+    files[10]
+    assert files.unreadable == ["10.png"]
+    everything(files)
+    assert files.unreadable == ["2.png", "10.png"]
+
+
+@pytest.mark.parametrize(
+    "around", ["", "Caught DataError in DataLoader worker process 0.\nTraceback:\n  x\na.b.DataError: "]
+)
+def test_an_error_is_one_line_with_a_traceback_around_it_or_without(around):
+    assert DataError(f"{around}2 of 4 images:\n 0.png").in_one_line() == "2 of 4 images: 0.png"
+
+
 def test_too_many_stay_too_many():
     files = image_files(2, {0}, training=True, share=0.1)
 
@@ -163,7 +180,7 @@ def test_too_many_stay_too_many():
 
 
 def test_no_readable_image_at_all_is_an_error():
-    with pytest.raises(ValueError, match=r"None of the 3 images in \. can be read: 0.png, 1.png, 2.png\."):
+    with pytest.raises(DataError, match=r"None of the 3 images in \. can be read: 0.png, 1.png, 2.png\."):
         image_files(3, {0, 1, 2}, training=True)[1]
     assert not any(image.any() for image, _ in everything(image_files(3, {0, 1, 2}, training=False)))
 

@@ -79,8 +79,11 @@ def evaluate(source: str, overrides: Sequence[str] = (), *, per_class: bool = Fa
         try:
             trainer.eval(subset_num_batches=recipe.eval_subset_num_batches)
         except DataError as error:
-            trainer.close()
-            raise RecipeError(source, [f"`eval_dataloader`: {error.in_one_line()}"]) from error
+            error.__traceback__ = None  # it holds the iterator over the data, and so its worker processes
+            if dist.get_global_rank() != 0:
+                log.error("%s", error.in_one_line())  # of the others the command shows no RecipeError
+            trainer.engine.close()  # close() of the Trainer would wait for the other processes
+            raise RecipeError(source, [error.in_one_line()]) from error
         classes = take_per_class(trainer) if per_class else None
         trainer.close()
     unreadable = unreadable_line(data)

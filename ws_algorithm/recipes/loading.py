@@ -105,7 +105,7 @@ def unreadable_line(data: DataSpec | None) -> str | None:
     A data set that passes over what it cannot read has the names as ``unreadable``. They are gathered from all
     processes: each of them must call this.
     """
-    dataset = getattr(data and data.dataloader, "dataset", None)
+    dataset: Any = getattr(data and data.dataloader, "dataset", None)
     names: list[str] | None = getattr(dataset, "unreadable", None)
     if names is None:
         return None

@@ -74,7 +74,8 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
             log.info("%s is already trained for %s; nothing is left to do.", folder, recipe.max_duration)
         else:
             _fit_or_refuse(source, trainer)
-        _close(trainer)
+        trainer.close()
+        _clean_up(trainer)
         _tell_of_unreadable(data)
         if dist.get_global_rank() == 0:
             run_folder.remove_old_checkpoints(folder, recipe.save_num_checkpoints_to_keep)
@@ -180,11 +181,11 @@ def _fit_or_refuse(source: str, trainer: Trainer) -> None:
     try:
         trainer.fit()
     except DataError as error:
-        key = "train_dataloader" if trainer.state.dataloader_label == "train" else "eval_dataloader"
-        problem = f"`{key}`: {error.in_one_line()}"
-        log.error("%s", problem, exc_info=True)  # not on the screen, which has it from the RecipeError
-        _close(trainer)
-        raise RecipeError(source, [problem]) from error
+        error.__traceback__ = None  # it holds the iterator over the data, and so its worker processes
+        log.error("%s", error.in_one_line(), extra={"for_the_file": True})  # the screen has it from the RecipeError
+        trainer.engine.close()  # close() of the Trainer would wait for the other processes
+        _clean_up(trainer)
+        raise RecipeError(source, [error.in_one_line()]) from error
 
 
 def _tell_of_unreadable(data: list[DataSpec | None]) -> None:
@@ -194,9 +195,8 @@ def _tell_of_unreadable(data: list[DataSpec | None]) -> None:
             log.warning("`%s`: %s", key, line)
 
 
-def _close(trainer: Trainer) -> None:
-    """Close, and remove the temporary folder that Composer leaves to the garbage collector, which warns."""
-    trainer.close()
+def _clean_up(trainer: Trainer) -> None:
+    """Remove the temporary folder that Composer leaves to the garbage collector, which warns."""
     for callback in trainer.state.callbacks:
         if isinstance(callback, CheckpointSaver):
             callback.tmp_dir_for_symlink.cleanup()
@@ -236,7 +236,7 @@ def _logging_to(path: Path, *, epochs_on_screen: bool) -> Iterator[None]:
         handlers = [logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()]
         handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers[1].addFilter(lambda record: epochs_on_screen or record.name != RunLog.__module__)
-        handlers[1].addFilter(lambda record: not record.exc_info)
+        handlers[1].addFilter(lambda record: not (record.exc_info or hasattr(record, "for_the_file")))
     for handler in handlers:
         handler.addFilter(lambda record: record.name.startswith("ws_algorithm") or record.levelno >= logging.WARNING)
         root.addHandler(handler)

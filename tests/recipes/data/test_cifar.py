@@ -78,8 +78,26 @@ def test_files_that_are_not_of_cifar_are_named():
     truncate(Path("data/train/bird/0.png"))
     Path("other/train/dog/0.png").rename("data/train/dog/0.png")
 
-    with pytest.raises(ValueError, match=r"2 files are not images of 32x32 pixels: .*bird/0.png \(.*; .*dog.*32x40"):
+    Path("data/train/cat/0.png").write_text("no image")
+
+    with pytest.raises(
+        ValueError, match=r"3 files are not images of 32x32 pixels: .*bird/0.png \(.*; .*dog.*32x40"
+    ) as raised:
         build("cifar10", "train")
+    assert "data/train/cat/0.png (not an image, or a broken one); " in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "title"), [("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100")])
+def test_a_class_without_images_is_named_without_an_option_that_is_not_there(name, title):
+    write_folders(Path("data"), CIFAR10_CLASSES, size=(32, 32), train=1)
+    Path("data/train/dog/0.png").unlink()
+
+    with pytest.raises(ValueError, match="no images of 1 of the classes: dog") as raised:
+        build(name, "train")
+    assert str(raised.value) == (
+        "data/train has no images of 1 of the classes: dog. "
+        f"{title} has images of every class; for other data, use `image_folder`."
+    )
 
 
 @pytest.mark.parametrize("builder", [build_cifar10_dataspec, build_cifar100_dataspec])

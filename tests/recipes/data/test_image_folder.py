@@ -10,6 +10,14 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from ws_algorithm.__main__ import main
+from ws_algorithm.recipes.evaluate import evaluate
+from ws_algorithm.recipes.loading import unreadable_line
+from ws_algorithm.recipes.schema import RecipeError
+from ws_algorithm.recipes.train import train
+
+from ..runs import FEW
+from ..test_distributed import launch
 from .sources import CLASSES, batches, build, dataset_of, everything, truncate, write_folders
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -151,9 +159,88 @@ def test_worker_processes_count_together_and_from_epoch_to_epoch(num_workers):
 
 
 def test_a_recipe_hears_of_a_missing_folder_before_it_trains():
-    from ws_algorithm.recipes.schema import RecipeError
-    from ws_algorithm.recipes.train import train
-
     block = "{name: image_folder, split: train, root: nowhere}"
     with pytest.raises(RecipeError, match=r"`train_dataloader`: `root` \(='nowhere'\) has no folder 'train'"):
         train("quickstart", [f"train_dataloader={block}", "eval_dataloader=null"])
+
+
+def photos(broken: int, *more: str, num_workers: int = 0) -> list[str]:
+    """Overrides for 24 training and twelve evaluation images; the first of each class are no images, in both splits."""
+    write_folders(Path("data"), CLASSES, train=8, val=4)
+    for split in ("train", "val"):
+        for name in CLASSES[:broken]:
+            Path(f"data/{split}/{name}/0.png").write_text("no image")
+    data = "name: image_folder, root: data, image_size: 16, resize: 18, max_corrupt_share: 0.4"
+    return [
+        *FEW,
+        "model.in_channels=3",
+        "global_train_batch_size=8",
+        "global_eval_batch_size=4",
+        f"train_dataloader={{{data}, split: train, num_workers: {num_workers}}}",
+        f"eval_dataloader={{{data}, split: val, num_workers: {num_workers}}}",
+        "save_folder=run",
+        *more,
+    ]
+
+
+TOO_MANY = "images in data/train cannot be read"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_broken_images_end_the_command_with_one_line(num_workers, capsys):
+    overrides = photos(2, "train_dataloader.max_corrupt_share=0.05", num_workers=num_workers)
+
+    assert main(["train", "quickstart", *overrides]) == 2
+
+    printed, logged = capsys.readouterr().err, Path("run/log.txt").read_text()
+    line = (
+        f"2 of 24 {TOO_MANY} (8.33 %), more than `max_corrupt_share` (=0.05) allows: ant/0.png, bee/0.png. "
+        "Mend or remove them, or raise max_corrupt_share.\n"
+    )
+    assert printed.endswith(f"quickstart: 1 mistake\n  {line}") and printed.count(TOO_MANY) == 1
+    assert f"ERROR ws_algorithm.recipes.train: {line}" in logged and logged.count(TOO_MANY) == 1
+    assert "Traceback" not in printed + logged
+
+
+def test_a_run_and_an_evaluation_end_with_the_number_of_broken_images(caplog):
+    train("quickstart", photos(3))
+    lines = [
+        "`train_dataloader`: 3 of 24 images could not be read: ant/0.png, bee/0.png, cow/0.png",
+        "`eval_dataloader`: 3 of 12 images could not be read: ant/0.png, bee/0.png, cow/0.png",
+    ]
+    assert caplog.messages[-2:] == lines and all(line in Path("run/log.txt").read_text() for line in lines)
+
+    evaluate("run")
+    assert caplog.messages[-1] == lines[1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_evaluation_refuses_too_many_broken_images_with_one_line(num_workers):
+    train("quickstart", photos(1, num_workers=num_workers))
+
+    with pytest.raises(RecipeError) as raised:
+        evaluate("run", ["eval_dataloader.max_corrupt_share=0.05"])
+    (line,) = raised.value.errors
+    assert line.startswith("1 of 12 images in data/val cannot be read (8.33 %)") and "\n" not in line
+
+
+def test_five_broken_images_are_named_at_the_end_and_none_if_there_is_none():
+    spec = build("image_folder", "train", max_corrupt_share=1.0)
+    batches(spec)
+    assert unreadable_line(spec) is None and unreadable_line(None) is None
+    assert unreadable_line(build("digits", "train")) is None
+
+    for number in range(6):
+        truncate(Path(f"data/train/ant/{number}.png"))
+    batches(spec)
+
+    names = ", ".join(f"ant/{number}.png" for number in range(5))
+    assert unreadable_line(spec) == f"6 of 24 images could not be read: {names}, ..."
+
+
+def test_of_two_processes_both_end_if_one_meets_too_many_broken_images():
+    overrides = photos(1, "train_dataloader.max_corrupt_share=0.02", "max_duration=20ep")
+
+    with pytest.raises(AssertionError) as raised:  # not TimeoutExpired
+        launch("-m", "ws_algorithm", "train", "quickstart", *overrides)
+    assert f"1 of 24 {TOO_MANY}" in str(raised.value)
