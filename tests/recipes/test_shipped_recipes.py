@@ -16,7 +16,9 @@ from ws_algorithm.recipes.train import train
 from .runs import CHECKOUT, YAMLS, metric_rows
 
 NAMES = sorted(shipped_recipes())
-CLASSIFICATION = (CHECKOUT / "docs" / "classification.md").read_text(encoding="utf-8")
+CLASSIFICATION, DETECTION = (
+    (CHECKOUT / "docs" / page).read_text(encoding="utf-8") for page in ("classification.md", "detection.md")
+)
 
 
 STEPS = {False: 2, True: 1}  # by whether it is a detector
@@ -33,7 +35,12 @@ FEW_REGIONS += ["min_size=96", "max_size=128", "box_detections_per_img=5"]
 
 def smoke_overrides(recipe: Recipe) -> list[str]:
     """Steps of two micro-batches of one random image, small where the size is free."""
-    overrides = ["root=synthetic", f"max_duration={STEPS[is_of_coco(recipe)]}ba", "global_train_batch_size=2", "device_train_microbatch_size=1"]
+    overrides = [
+        "root=synthetic",
+        f"max_duration={STEPS[is_of_coco(recipe)]}ba",
+        "global_train_batch_size=2",
+        "device_train_microbatch_size=1",
+    ]
     overrides += ["global_eval_batch_size=2", "eval_subset_num_batches=1"]
     for key in ("train_dataloader", "eval_dataloader"):
         block = getattr(recipe, key)
@@ -104,3 +111,14 @@ def test_the_documentation_has_the_published_figure(name: str):
     (row,) = [line for line in CLASSIFICATION.splitlines() if f"`{name}`" in line and line.startswith("|")]
 
     assert re.findall(r"\d+\.\d\d(?= ?[|/])", row) == errors
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("coco")])
+def test_the_documentation_has_the_published_precision(name: str):
+    published = resolve_recipe(name).published or {}
+
+    (row,) = [line for line in DETECTION.splitlines() if f"`{name}`" in line and line.startswith("|")]
+
+    box, mask = (cell.strip() for cell in row.split("|")[6:8])
+    assert float(box) == pytest.approx(100 * published["BoxAP"])
+    assert mask == "-" if "faster" in name else float(mask) == pytest.approx(100 * published["MaskAP"])
