@@ -21,8 +21,8 @@ def write(*names: str, root: str = "data") -> None:
             path.touch()
 
 
-def found(split: str, **options: bool) -> list[tuple[str, str]]:
-    files = find_labelled_files("data", split, **options)
+def found(split: str, allow_empty_classes: bool = False) -> list[tuple[str, str]]:
+    files = find_labelled_files("data", split, allow_empty_classes=allow_empty_classes)
     labels = [files.classes[label] for label in files.labels.tolist()]
     return list(zip(map(os.fsdecode, files.names.tolist()), labels, strict=True))
 

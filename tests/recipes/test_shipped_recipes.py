@@ -56,7 +56,7 @@ def has_weight_standardization(name: str) -> bool:
 def test_all_recipes_are_found():
     # quickstart and Fashion-MNIST; ImageNet; CIFAR-10: 9 networks in 2 forms and ResNet-20 in 3; CIFAR-100: 9 in 2
     classification = 2 + 7 + (9 * 2 + 3) + 9 * 2
-    # mmdetection: 4 ResNets in 3 schedules; its authors' fork: 2 of 2; Detectron: GN in 4 forms of 2, and 4 of frozen BN
+    # mmdetection: 4 ResNets in 3 schedules; the fork: 2 of 2; Detectron: GN in 4 forms of 2, and 4 of frozen BN
     detection = 4 * 3 + 2 * 2 + 4 * 2 + 4
     assert len(NAMES) == len(YAMLS) == classification + detection
 
