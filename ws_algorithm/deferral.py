@@ -36,10 +36,9 @@ class Deferral:
         self.exact_because: str | None = None
         self.projected_because: str | None = None
         self.backwards = 0
+        # Whether raw.grad may be replaced when it is projected: it began empty, so no one expects it to stay one tensor
         self._may_own = not raw.is_cuda
-        self._owns_gradient = (
-            False  # whether raw.grad began empty, so that no one else expects it to be projected in place
-        )
+        self._owns_gradient = False
         self._delivered: dict[int, list[Tensor]] = {}  # what was passed on, by the backward that is under way
         self._lock = threading.Lock()
         self._hook: Any = None
