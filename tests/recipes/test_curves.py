@@ -51,6 +51,14 @@ def test_each_metric_has_a_panel(tmp_path):
     assert width_of(tmp_path / "four.png") == 2 * width_of(tmp_path / "two.png")
 
 
+def test_more_than_four_panels_stand_in_lines(tmp_path):
+    more = [row | {f"metrics/eval/{name}": 0.5 for name in "abc" if ACCURACY in row} for row in two_epochs()]
+    draw_curves(two_epochs(), tmp_path / "four.png", "loss, accuracy, error, learning rate")
+    draw_curves(more, tmp_path / "seven.png", "and three metrics")
+
+    assert width_of(tmp_path / "seven.png") == width_of(tmp_path / "four.png")
+
+
 def test_curves_of_many_batches_are_smoothed(tmp_path):
     rows = [{"epoch": batch / 100, "batch": batch, LOSS: 1 + (-1.0) ** batch} for batch in range(1, 201)]
     draw_curves(rows, tmp_path / "curves.png", "two hundred batches")

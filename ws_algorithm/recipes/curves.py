@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from ws_algorithm.recipes.report import EVAL, LEARNING_RATE, TRAIN_LOSS, Row, is_accuracy, label_of, names_of
 
 _MOST_BATCHES = 50  # that are drawn one by one; more are smoothed
+_MOST_COLUMNS = 4  # of panels side by side
 _OF_ONE, _OF_SEVERAL = 0.02, 0.05  # the share of a run over which its training loss is smoothed
 
 
@@ -93,15 +95,17 @@ def draw_runs(runs: Mapping[str, list[Row]], path: Path) -> None:
 
 
 def _figure(panels: _Panels, height: float = 3.4, *, same_epochs: bool = False) -> Any:
-    """A figure with the panels side by side, over the `same_epochs` or each over those that it has."""
+    """A figure of rows of panels, over the `same_epochs` or each over those that it has."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * max(len(panels), 1), height), layout="constrained")
+    columns = max(1, min(len(panels), _MOST_COLUMNS))
+    lines = max(1, math.ceil(len(panels) / columns))
+    figure = Figure(figsize=(4.2 * columns, height * lines), layout="constrained")
     FigureCanvasAgg(figure)
     for position, (label, curves) in enumerate(panels.items()):
         first = figure.axes[0] if same_epochs and figure.axes else None
-        axes = figure.add_subplot(1, len(panels), position + 1, sharex=first)
+        axes = figure.add_subplot(lines, columns, position + 1, sharex=first)
         for curve in curves:
             _draw(axes, curve)
         axes.set(xlabel="epoch", title=label)
