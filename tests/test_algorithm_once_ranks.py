@@ -19,6 +19,7 @@ from composer.algorithms import SAM, GradientClipping
 from composer.core import Algorithm
 from composer.utils import dist
 from exact_twins import images, tiny
+from leaving import leave_together
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -124,3 +125,4 @@ def test_the_cases_differ(ranks):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_together()

@@ -24,6 +24,7 @@ from composer.loggers import Logger
 from composer.models import ComposerClassifier
 from composer.utils import dist
 from exact_twins import assert_near
+from leaving import leave_together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -225,3 +226,4 @@ def test_one_line_says_why_gradients_are_projected_in_every_backward(case, ranks
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_together()

@@ -15,18 +15,47 @@ PACKAGE = Path(ws_algorithm.__file__).parent
 
 # From the ground up. Files on one floor do not import one another
 FLOORS = [
-    ["formula.py", "layers.py", "patterns.py", "tracing/rebinding.py", "tracing/symbol.py", "tracing/undisturbed.py"],
-    ["batch_norms.py", "group_norm_rules.py", "triton_kernels.py", "tracing/shadow.py"],
-    ["group_norm.py", "multi_tensor.py", "tracing/recorder.py"],
-    ["holding.py", "tracing/following.py", "tracing/trial.py"],
-    ["deferral.py", "tracing/symbolic.py", "tracing/observation.py"],
+    [
+        "formula.py",
+        "layers.py",
+        "patterns.py",
+        "checkpoints/class_rows.py",
+        "checkpoints/targets.py",
+        "checkpoints/unpickling.py",
+        "tracing/rebinding.py",
+        "tracing/symbol.py",
+        "tracing/undisturbed.py",
+    ],
+    [
+        "batch_norms.py",
+        "group_norm_rules.py",
+        "triton_kernels.py",
+        "checkpoints/numpy_files.py",
+        "checkpoints/sources.py",
+        "checkpoints/torch_files.py",
+        "tracing/shadow.py",
+    ],
+    [
+        "group_norm.py",
+        "multi_tensor.py",
+        "checkpoints/big_transfer.py",
+        "checkpoints/deeplabv3_pytorch.py",
+        "checkpoints/detectron.py",
+        "checkpoints/mmdetection.py",
+        "checkpoints/reading.py",
+        "checkpoints/residual.py",
+        "tracing/recorder.py",
+    ],
+    ["holding.py", "checkpoints/maskrcnn_benchmark.py", "tracing/following.py", "tracing/trial.py"],
+    ["deferral.py", "checkpoints/conversion.py", "tracing/symbolic.py", "tracing/observation.py"],
     ["parametrization.py", "tracing/execution.py"],
     ["once.py", "selection.py"],
-    ["cautions.py", "inspection.py"],
-    ["functional.py"],
+    ["cautions.py", "folding.py", "inspection.py"],
+    ["functional.py", "state_dicts.py"],
     ["training_step.py"],
     ["algorithm.py"],
     [
+        "recipes/artifacts.py",
         "recipes/aspect_ratios.py",
         "recipes/class_folders.py",
         "recipes/classifier.py",
@@ -35,6 +64,7 @@ FLOORS = [
         "recipes/coco_mistakes.py",
         "recipes/detection_input.py",
         "recipes/detector.py",
+        "recipes/drawing.py",
         "recipes/image_files.py",
         "recipes/image_lists.py",
         "recipes/image_transforms.py",
@@ -55,6 +85,7 @@ FLOORS = [
         "recipes/data/*.py",
         "recipes/best_checkpoint.py",
         "recipes/catalogue.py",
+        "recipes/given_images.py",
         "recipes/linear_warmup_multi_step.py",
         "recipes/named_models.py",
         "recipes/parameter_names.py",
@@ -73,19 +104,26 @@ FLOORS = [
         "recipes/contest.py",
         "recipes/curves.py",
         "recipes/epoch_table.py",
+        "recipes/evaluation_results.py",
         "recipes/freezing.py",
         "recipes/linear_rule.py",
         "recipes/metrics.py",
+        "recipes/origins.py",
         "recipes/parameter_groups.py",
+        "recipes/predictions.py",
         "recipes/reading.py",
     ],
     ["recipes/build.py", "recipes/overhead.py"],
     ["recipes/resolve.py", "recipes/overhead_report.py"],
+    ["recipes/loaded_run.py"],
     [
         "recipes/train.py",
+        "recipes/convert.py",
         "recipes/evaluate.py",
+        "recipes/export.py",
         "recipes/inspect.py",
         "recipes/plot.py",
+        "recipes/predict.py",
         "recipes/benchmark.py",
     ],
     ["__main__.py"],
@@ -121,7 +159,7 @@ def own_file(name: str) -> str | None:
     """The file of the package that an imported name lies in; ``None`` for the root itself."""
     parts = name.split(".")[1:]
     if parts and parts[0] in ws_algorithm._FILE_OF:
-        return f"{ws_algorithm._FILE_OF[parts[0]]}.py"
+        return f"{ws_algorithm._FILE_OF[parts[0]].replace('.', '/')}.py"
     for length in range(len(parts), 0, -1):
         file = "/".join(parts[:length]) + ".py"
         if file in FILES:

@@ -13,6 +13,7 @@ from composed_runs import bottlenecks, fit, prepare, standardized, two_convoluti
 from composer.algorithms import BlurPool, StochasticDepth
 from composer.core import Algorithm
 from composer.utils import dist
+from leaving import leave_together
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -99,3 +100,4 @@ def main(cases: str, folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_together()

@@ -14,8 +14,11 @@ import ws_algorithm
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for mistakes in a recipe, 130 or 143 if interrupted."""
     options = _parse(arguments)
+    has_processes = _has_process_group()
     try:
         options.run(options)
+        if not has_processes and _has_process_group():
+            _leave_process_group()
     except ValueError as error:
         from ws_algorithm.recipes.schema import RecipeError  # here: `benchmark` needs nothing but torch and torchvision
 
@@ -32,6 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\ninterrupted; the same command with autoresume=true continues the run", file=sys.stderr)
         return int(code)
     return 0
+
+
+def _has_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # not imported: help and lists need no torch
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _leave_process_group() -> None:
+    """End the threads of the process group that a verb began, once all processes have come to their end.
+
+    A process that ends while they run may be aborted at its very end, after all its work.
+    """
+    from torch import distributed
+
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -63,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("recipe", metavar="run|recipe", help="the folder of a run, or a recipe with load_path=FILE")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.add_argument("--per-class", action="store_true", help="print the accuracy of each class too")
+    evaluate.add_argument("--output", metavar="FILE", help="what was detected, as COCO results (RUN/detections.json)")
     evaluate.set_defaults(run=_evaluate)
+
+    _add_predict(verbs)
 
     plot = verbs.add_parser("plot", help="draw the curves of runs", description="Draw runs over each other in a PNG.")
     plot.add_argument("runs", nargs="+", metavar="run", help="the folder of a run")
@@ -85,11 +107,65 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     inspect.set_defaults(run=_inspect)
 
+    _add_convert(verbs)
+    _add_export(verbs)
     _add_benchmark(verbs)
 
     recipes = verbs.add_parser("recipes", help="list the recipes that ship", description="List the shipped recipes.")
     recipes.set_defaults(run=_recipes)
     return parser
+
+
+def _add_predict(verbs: Any) -> None:
+    predict = verbs.add_parser(
+        "predict",
+        help="show what a run finds in images",
+        description="Show what the checkpoint of a run, that which `evaluate` takes, finds in images: objects, drawn "
+        "in a PNG for each image, or a table of the most probable classes.",
+    )
+    predict.add_argument("recipe", metavar="run|recipe", help="the folder of a run, or a recipe with load_path=FILE")
+    predict.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="IMAGE|key=value",
+        help="files, folders or patterns; and overrides of the recipe",
+    )
+    predict.add_argument("--output", metavar="DIR", help="the folder of the pictures; replaces none (predictions)")
+    predict.add_argument("--score-threshold", type=float, metavar="SCORE", help="the least score of an object (0.5)")
+    predict.set_defaults(run=_predict)
+
+
+def _add_export(verbs: Any) -> None:
+    export = verbs.add_parser(
+        "export",
+        help="write the network of a run, folded, for use elsewhere",
+        description="Write the network of a checkpoint, its standardization folded, and compare what the file computes "
+        "with the trained network.",
+    )
+    export.add_argument("recipe", metavar="run|recipe", help="the folder of a run, or a recipe with load_path=FILE")
+    export.add_argument("overrides", nargs="*", metavar="key=value")
+    export.add_argument(
+        "--format", required=True, metavar="NAME", help="state_dict, safetensors, onnx, torch_export or torchscript"
+    )
+    export.add_argument("--output", metavar="FILE", help="the new file (exported.* in the folder of the run)")
+    export.add_argument("--plain", action="store_true", help="raw weights, not folded ones; for weights alone")
+    export.set_defaults(run=_export)
+
+
+def _add_convert(verbs: Any) -> None:
+    convert = verbs.add_parser(
+        "convert",
+        help="convert published weights",
+        description="Convert published weights to the names of torchvision or timm, with the formula, the classes and "
+        "the channels that they were trained with, and write a recipe beside them. Nothing in the file is run.",
+    )
+    convert.add_argument("checkpoint", metavar="SOURCE", help="a .pth, .pth.tar, .pkl, .npz or .safetensors file")
+    convert.add_argument("output", metavar="OUT", help="the file to write; OUT with the suffix .yaml is its recipe")
+    convert.add_argument("--to", required=True, metavar="LIBRARY", help="torchvision or timm")
+    convert.add_argument("--model", required=True, metavar="MODEL", help="such as resnet50 or mask_rcnn_resnet50")
+    convert.add_argument("--source", metavar="NAME", help="where the weights are from (told from their names)")
+    convert.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    convert.set_defaults(run=_convert)
 
 
 def _add_benchmark(verbs: Any) -> None:
@@ -101,7 +177,7 @@ def _add_benchmark(verbs: Any) -> None:
         "Libraries that are not installed are left out.",
     )
     add = benchmark.add_argument
-    add("--models", metavar="NAMES", help="residual networks of torchvision (resnet50)")
+    add("--models", metavar="NAMES", help="residual networks of torchvision, or mask_rcnn_r50 and others (resnet50)")
     add("--norm", metavar="NAMES", help="group, batch (group)")
     add("--image-sizes", metavar="PIXELS", help="(64,224)")
     add("--micro-batch-sizes", metavar="N", help="images per forward (1)")
@@ -109,6 +185,7 @@ def _add_benchmark(verbs: Any) -> None:
     add("--precisions", metavar="NAMES", help="fp32, amp_bf16, amp_fp16 (fp32,amp_bf16)")
     add("--modes", metavar="NAMES", help="train, eval (train,eval)")
     add("--threads", metavar="N", help="CPU threads of one operation (1)")
+    add("--regions", metavar="N", help="of detectors: regions of an image (512)")
     add("--preset", metavar="NAME", help="targets: the cases that this package has targets for, instead of the lists")
     add("--channels-last", action="store_true", help="images and weights in this memory format")
     add("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
@@ -141,7 +218,20 @@ def _print_resolved(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from ws_algorithm.recipes.evaluate import evaluate
 
-    evaluate(options.recipe, options.overrides, per_class=options.per_class)
+    evaluate(options.recipe, options.overrides, per_class=options.per_class, output=options.output)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from ws_algorithm.recipes.predict import predict, split_arguments
+
+    images, overrides = split_arguments(options.overrides)
+    predict(options.recipe, images, overrides, output=options.output, score_threshold=options.score_threshold)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from ws_algorithm.recipes.export import export
+
+    export(options.recipe, options.overrides, file_format=options.format, output=options.output, plain=options.plain)
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -155,6 +245,13 @@ def _inspect(options: argparse.Namespace) -> None:
 
     rules = {name: getattr(options, name) for name in RULES if getattr(options, name) is not None}
     inspect(options.recipe, options.overrides, as_json=options.json, **rules)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from ws_algorithm.recipes.convert import convert
+
+    given = {name: getattr(options, name) for name in ("to", "model", "source", "overwrite")}
+    convert(options.checkpoint, options.output, **given)
 
 
 def _benchmark(options: argparse.Namespace) -> None:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 
 from ws_algorithm.cautions import cautions_about, summary_of
+from ws_algorithm.folding import fold_weight_standardization as fold_weight_standardization
+from ws_algorithm.folding import removable_layers, standardized_layers
 from ws_algorithm.formula import Formula, resolve_formula
-from ws_algorithm.layers import raw_weight, standardizers_of
-from ws_algorithm.parametrization import (
-    check_removable,
-    register_weight_standardizer,
-    unregister_weight_standardizer,
-)
+from ws_algorithm.parametrization import register_weight_standardizer, unregister_weight_standardizer
 from ws_algorithm.patterns import Patterns
-from ws_algorithm.selection import Layers, Predicate, Rules, Selection, check_module, select_convolutions
+from ws_algorithm.selection import Layers, Predicate, Rules, Selection, select_convolutions
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +125,7 @@ def is_weight_standardized(module: nn.Module) -> bool:
         >>> is_weight_standardized(nn.Conv2d(3, 8, 3))
         False
     """
-    return bool(_standardized_layers(module))
+    return bool(standardized_layers(module))
 
 
 def remove_weight_standardization(module: nn.Module) -> int:
@@ -137,7 +133,7 @@ def remove_weight_standardization(module: nn.Module) -> int:
 
     The function of the model changes (its weights are no longer standardized); its keys, classes and ``Parameter``
     objects are those it had before :func:`apply_weight_standardization`. To keep the function, use
-    :func:`fold_weight_standardization`.
+    :func:`~ws_algorithm.folding.fold_weight_standardization`.
 
     Returns:
         The number of convolutions that were standardized.
@@ -153,73 +149,7 @@ def remove_weight_standardization(module: nn.Module) -> int:
         >>> apply_weight_standardization(conv), remove_weight_standardization(conv), conv.weight is raw
         (1, 1, True)
     """
-    layers = _removable_layers(module)
+    layers = removable_layers(module)
     for layer in layers:
         unregister_weight_standardizer(layer)
     return len(layers)
-
-
-def fold_weight_standardization(module: nn.Module) -> int:
-    """Turn a standardized model into a plain one that computes the same, in place.
-
-    Every standardized convolution becomes an ordinary one whose ``Parameter`` (the same object) holds the standardized
-    weight: for inference and export, without any cost. The raw weights are overwritten; fold a ``copy.deepcopy`` if
-    training is to go on.
-
-    Returns:
-        The number of convolutions that were folded.
-
-    Raises:
-        ValueError: If `module` is not a module, one of the weights carries other parametrizations as well, or a
-            standardized weight is shared with a layer that uses it unstandardized or by another formula. Nothing has
-            been changed then.
-
-    Example:
-        >>> import torch
-        >>> conv, image = torch.nn.Conv2d(3, 8, 3), torch.randn(1, 3, 8, 8)
-        >>> _ = apply_weight_standardization(conv)
-        >>> before = conv(image)
-        >>> fold_weight_standardization(conv), torch.equal(conv(image), before)
-        (1, True)
-    """
-    layers = _removable_layers(module)
-    _check_not_shared(module, layers)
-    with torch.no_grad():
-        folded: Any = [layer.weight for layer in layers]  # all before any: two of them may share one raw weight
-        for layer, weight in zip(layers, folded, strict=True):
-            unregister_weight_standardizer(layer).copy_(weight)
-    return len(layers)
-
-
-def _standardized_layers(module: nn.Module) -> list[nn.Module]:
-    """Not only convolutions: a user may have put a :class:`WeightStandardizer` on any layer."""
-    check_module(module)
-    return [layer for layer in module.modules() if standardizers_of(layer)]
-
-
-def _removable_layers(module: nn.Module) -> list[nn.Module]:
-    layers = _standardized_layers(module)
-    for layer in layers:
-        check_removable(layer)
-    if not layers:
-        log.warning("%s has no standardized layer; nothing was removed or folded.", type(module).__name__)
-    return layers
-
-
-def _check_not_shared(module: nn.Module, layers: list[nn.Module]) -> None:
-    """Folding overwrites raw weights: no layer may use one unstandardized, nor two layers by different formulas."""
-    inside = {part for layer in layers for part in layer.modules()}
-    raw: dict[int, str] = {}
-    for layer in layers:
-        standardization = repr(standardizers_of(layer))
-        if raw.setdefault(id(raw_weight(layer)), standardization) != standardization:
-            raise ValueError(
-                "`module` shares a raw weight among layers that standardize it by different formulas; one folded "
-                "weight cannot serve both. Give one of them a weight of its own first."
-            )
-    for name, other in module.named_modules():
-        if other not in inside and any(id(parameter) in raw for parameter in other.parameters(recurse=False)):
-            raise ValueError(
-                f"`module` shares the raw weight of a standardized layer with {name!r} ({type(other).__name__}), which "
-                "folding would change. Give that layer a weight of its own first."
-            )

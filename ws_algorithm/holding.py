@@ -99,11 +99,11 @@ def may_be_held(weight: Tensor) -> bool:
 
     Not while a program is compiled, traced, transformed or captured, nor for weights that change unnoticed (FSDP).
     """
-    if torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
+    if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or is_watched(weight):
         return False
     if weight.is_meta or weight.is_inference() or weight.is_complex() or weight.numel() == 0:
         return False
-    return not is_watched(weight) and not _shards_modules()
+    return not _shards_modules()
 
 
 def is_watched(weight: Tensor) -> bool:

@@ -96,6 +96,13 @@ class WeightStandardizer(nn.Module):
         """Return the raw weight to store when `weight` is assigned: the assigned values themselves."""
         return weight
 
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, which asks for this."""
+        raise ValueError(
+            "`torch.jit.script` cannot compile the standardization of a convolution. Script a folded model: "
+            "torch.jit.script(ws_algorithm.folded_copy(model))."
+        )
+
     def extra_repr(self) -> str:
         name = next((name for name, formula in FORMULAS.items() if formula == self.formula), None)
         return f"formula={name or self.formula!r}"

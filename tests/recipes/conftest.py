@@ -6,6 +6,7 @@ import pytest
 
 from ws_algorithm.recipes.train import train
 
+from . import painted
 from .runs import FEW
 
 
@@ -20,3 +21,10 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     train("quickstart", [*FEW, "max_duration=2ep", f"save_folder={folder}"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def painted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of a detector that finds rectangles by their colour; to look at, not to change."""
+    painted.register()
+    return painted.run_painted(tmp_path_factory.mktemp("painted"))

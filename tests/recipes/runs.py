@@ -56,5 +56,6 @@ def _write_idx(path: Path, values: np.ndarray) -> None:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a subprocess that imports this checkout from wherever it runs."""
-    return {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", **extra}
+    """The environment of a subprocess that imports this checkout and its tests from wherever it runs."""
+    paths = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests")])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **extra}

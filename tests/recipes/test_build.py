@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from composer.core import Algorithm, Callback
@@ -135,11 +137,74 @@ def test_a_device_gets_its_share_of_a_batch(monkeypatch):
     assert spec is not None and len(next(iter(spec.dataloader))[1]) == 16 // 2
 
 
-def test_data_of_more_classes_than_the_model_has_are_a_mistake():
-    recipe = resolve_recipe("cifar10/resnet20_bn", ["root=synthetic", "model.num_classes=7"])
+def told_of_data(caplog: Any, source: str, *overrides: str, key: str = "train_dataloader") -> tuple[str, str]:
+    """Whether the classes of the data are an error or a warning, and the line."""
+    recipe = resolve_recipe(source, ["root=synthetic", *overrides])
+    caplog.clear()
+    try:
+        build.build_data(source, recipe, key, training=key == "train_dataloader")
+    except RecipeError as error:
+        (mistake,) = error.errors
+        return "error", mistake
+    (record,) = caplog.records
+    return record.levelname.lower(), record.getMessage()
 
-    with pytest.raises(RecipeError, match=r"`model.num_classes` \(=7\) is less than the 10 of `train_dataloader`\."):
+
+@pytest.mark.parametrize("key", ["train_dataloader", "eval_dataloader"])
+@pytest.mark.parametrize(("outputs", "level", "how"), [(7, "error", "less"), (12, "warning", "more")])
+def test_data_of_more_classes_than_the_model_has_are_a_mistake_and_of_fewer_a_warning(outputs, level, how, key, caplog):
+    told = told_of_data(caplog, "cifar10/resnet20_bn", f"model.num_classes={outputs}", key=key)
+
+    line = f"`model.num_classes` (={outputs}) is {how} than the 10 of `{key}`. Set model.num_classes=10."
+    assert told == (level, line)
+
+
+@pytest.mark.parametrize(("outputs", "level", "how"), [(4, "error", "less"), (91, "warning", "more")])
+def test_synthetic_objects_are_told_how_many_kinds_there_are(outputs, level, how, caplog):
+    workers = [f"{key}_dataloader.num_workers=0" for key in ("train", "eval")]
+    told = told_of_data(caplog, "coco/mask_rcnn_r50_gn_ws_2x", f"model.num_classes={outputs}", *workers)
+
+    fix = f"train_dataloader.synthetic_num_classes={outputs - 1} eval_dataloader.synthetic_num_classes={outputs - 1}"
+    line = f"`model.num_classes` (={outputs}) is {how} than the 81 of `train_dataloader`. Set {fix}, or "
+    assert told == (level, line + "model.num_classes=81.")
+    overrides = ["root=synthetic", f"model.num_classes={outputs}", *workers, *fix.split()]
+    recipe = resolve_recipe("coco/mask_rcnn_r50_gn_ws_2x", overrides)
+    for key in ("train_dataloader", "eval_dataloader"):
+        spec = build.build_data("recipe", recipe, key, training=key == "train_dataloader")
+        assert spec is not None and len(spec.dataloader.dataset.classes) == outputs - 1  # pyright: ignore
+
+
+def test_the_number_of_classes_that_a_model_has_by_default_counts_too():
+    recipe = resolve_recipe("imagenet/resnet50_gn_ws", ["root=synthetic"])
+    del recipe.model["num_classes"]
+    recipe.train_dataloader = {"name": "synthetic_images", "image_size": 8, "num_classes": 1005}
+
+    with pytest.raises(RecipeError, match=r"`model.num_classes` \(=1000\) is less than the 1005 of"):
         build.build_data("recipe", recipe, "train_dataloader", training=True)
+
+
+def test_what_is_frozen_without_weights_is_told():
+    recipe = resolve_recipe("quickstart", ["freeze=[conv1]"])
+
+    line = build.random_but_frozen(recipe, build.build_model(recipe)) or ""
+
+    assert line.startswith("1 parameters, module.conv1.weight the first of them, do not train (`freeze`) and keep")
+    assert "neither `model.pretrained` nor `load_path`" in line
+    recipe = resolve_recipe("quickstart")
+    assert build.random_but_frozen(recipe, build.build_model(recipe)) is None
+
+
+def test_frozen_stages_are_named():
+    recipe = resolve_recipe("coco/faster_rcnn_r50_gn_ws_1x")
+    with torch.device("meta"):
+        model = build.build_model(recipe)
+
+    # the stem's convolution and norm; 3 blocks of 3 convolutions and norms, and a shortcut's: 3 + 3 * 9 + 3
+    assert (build.random_but_frozen(recipe, model) or "").startswith(
+        "33 parameters, module.backbone.body.conv1.weight the first of them, do not train (`model.frozen_stages`)"
+    )
+    recipe.model["pretrained"] = "weights.pth"
+    assert build.random_but_frozen(recipe, model) is None
 
 
 def test_a_group_that_others_have_left_nothing_is_a_mistake():

@@ -1,5 +1,6 @@
 """Two processes with gloo, as `composer -n 2` starts them."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ SCRIPT = """
 import hashlib, sys
 from pathlib import Path
 from composer.utils import dist
+from leaving import leave_together
+from recipes import painted
 from ws_algorithm.recipes.evaluate import evaluate
 from ws_algorithm.recipes.train import train
 
@@ -25,6 +28,9 @@ data = b"".join(parameter.detach().numpy().tobytes() for parameter in trainer.st
 hashes = dist.all_gather_object(hashlib.sha256(data).hexdigest())
 Path(f"rank{dist.get_global_rank()}.txt").write_text(" ".join(hashes))
 evaluate("two", ["eval_dataloader.split=train", "global_eval_batch_size=1436"], per_class=True)
+painted.register()
+evaluate("painted", output="painted-two.json")
+leave_together()
 """
 
 
@@ -47,7 +53,8 @@ def test_the_command_trains_in_two_processes():
     assert load_weights(folder / "latest-rank0.pt").keys() == load_weights(folder / "best.pt").keys()
 
 
-def test_both_processes_have_the_weights_that_one_would_have(capsys):
+def test_both_processes_have_the_weights_that_one_would_have(painted_run, capsys):
+    shutil.copytree(painted_run, "painted", symlinks=True)
     overrides = [*FEW, "train_dataloader.augment=false", "schedulers=null"]
     Path("script.py").write_text(SCRIPT)
 
@@ -70,3 +77,7 @@ def test_both_processes_have_the_weights_that_one_would_have(capsys):
     classes = class_rows(capsys.readouterr().out)
     assert class_rows(printed) == classes
     assert sum(images for _, images, _ in classes) == 1437
+
+    # Five images: here the sampler repeats one of them too
+    evaluate(str(painted_run), output="painted-one.json")
+    assert Path("painted-two.json").read_bytes() == Path("painted-one.json").read_bytes()

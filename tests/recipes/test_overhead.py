@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ws_algorithm import apply_weight_standardization
+from ws_algorithm import apply_weight_standardization, is_weight_standardized
 from ws_algorithm.recipes import contest, overhead
 from ws_algorithm.recipes.contest import Case, Contestant
 from ws_algorithm.recipes.overhead import Spread, measure, ratio_to
@@ -242,3 +242,56 @@ def test_freed_memory_is_kept():
     by_default, kept, afterwards = done.stdout.split()
     assert kept == "True"
     assert float(by_default) > 1000 and float(afterwards) < 0.25 * float(by_default)  # 32 MB are 7812 pages
+
+
+DETECTOR = Case(model="mask_rcnn_r50", image_size=64, micro_batches=2, regions=8)
+
+
+def standardized_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if is_standardized_by_rivals(module)}
+
+
+def is_standardized_by_rivals(module: nn.Module) -> bool:
+    return type(module) is PaperConv2d or isinstance(module, nn.Conv2d) and is_weight_standardized(module)
+
+
+def test_a_detector_is_standardized_where_norms_follow():
+    ours, authors = (standardized_names(Contestant(name, DETECTOR).model) for name in ("once", "paper"))
+
+    assert ours == authors and len(ours) == 69  # of Mask R-CNN R-50, as published
+
+
+def test_a_detector_has_the_same_work_whatever_its_weights_are():
+    contestant = Contestant("once", DETECTOR)
+    sizes: list[int] = []
+    heads: Any = contestant.model.roi_heads
+    heads.mask_head.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    before = {name: value.clone() for name, value in contestant.model.state_dict().items()}
+
+    contestant.train()
+    for parameter in contestant.model.parameters():
+        parameter.data.mul_(1.5)
+    contestant.train()
+
+    assert sizes == 4 * [2]  # a quarter of 8 regions, in two micro-batches of each step
+    assert all(torch.equal(value, 1.5 * before[name]) for name, value in contestant.model.state_dict().items())
+    assert all(parameter.grad is not None for parameter in contestant.model.parameters())
+    contestant.model.eval()
+    contestant.evaluate()
+    assert sizes[4:] == [8]
+
+
+def test_a_detector_needs_its_extra(monkeypatch):
+    monkeypatch.setattr(contest, "find_spec", lambda name: None if name == "pycocotools" else name)
+
+    with pytest.raises(ValueError, match=r"`model` \(='mask_rcnn_r50'\) needs pycocotools: pip install \"ws-algorithm"):
+        Case(model="mask_rcnn_r50")
+
+
+def test_the_bytes_of_a_detector_are_those_of_standardized_weights():
+    _, held, _ = overhead._memory("once", DETECTOR)
+
+    model = Contestant("once", DETECTOR).model
+    convolutions = [module for module in model.modules() if is_standardized_by_rivals(module)]
+    weights = sum(conv.weight.numel() for conv in convolutions if isinstance(conv, nn.Conv2d)) * 4
+    assert held is not None and weights <= held < 1.01 * weights

@@ -29,9 +29,10 @@ LISTS: dict[str, tuple[str, str]] = {
     "precisions": ("precision", "fp32,amp_bf16"),
     "modes": ("mode", "train,eval"),
     "threads": ("threads", "1"),
+    "regions": ("regions", "512"),
 }
 
-_WHOLE_NUMBERS = ("image_sizes", "micro_batch_sizes", "micro_batches", "threads")
+_WHOLE_NUMBERS = ("image_sizes", "micro_batch_sizes", "micro_batches", "threads", "regions")
 
 PRESETS: dict[str, dict[str, list[dict[str, object]]]] = {
     "targets": {

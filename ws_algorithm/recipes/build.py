@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +18,12 @@ from torch import nn
 
 from ws_algorithm.recipes import registry
 from ws_algorithm.recipes.freezing import freeze
+from ws_algorithm.recipes.origins import image_difference, unchecked_origin
 from ws_algorithm.recipes.parameter_groups import parameter_groups
 from ws_algorithm.recipes.schema import Recipe, RecipeError
 from ws_algorithm.recipes.signatures import check_arguments
+
+log = logging.getLogger(__name__)
 
 NO_OPTIONS = ("params", "lr_factor")  # keys of a parameter group that are no arguments of the optimizer
 
@@ -30,6 +34,22 @@ def build_model(recipe: Recipe) -> ComposerModel:
     if recipe.freeze:
         freeze(model, recipe.freeze)
     return model
+
+
+def random_but_frozen(recipe: Recipe, model: nn.Module) -> str | None:
+    """A line about parameters that do not train although no file gives them values; ``None`` if there are none.
+
+    `model` is as :func:`build_model` made it: what a checkpoint will give it, the caller knows.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if not frozen or recipe.model.get("pretrained") is not None:
+        return None
+    named = [f"model.{key}" for key, value in recipe.model.items() if key.startswith("frozen") and value]
+    causes = " and ".join(f"`{cause}`" for cause in [*named, *(["freeze"] if recipe.freeze else [])])
+    return (
+        f"{len(frozen)} parameters, {frozen[0]} the first of them, do not train ({causes}) and keep the random values "
+        "that they start from: neither `model.pretrained` nor `load_path` names a file of weights."
+    )
 
 
 def _build_dataspec(recipe: Recipe, block: dict[str, Any], *, training: bool) -> DataSpec:
@@ -53,9 +73,7 @@ def build_data(source: str, recipe: Recipe, key: str, *, training: bool) -> Data
         spec = _build_dataspec(recipe, block, training=training)
     except ValueError as error:
         raise RecipeError(source, [f"`{key}`: {error}"]) from error
-    outputs, needed = recipe.model.get("num_classes"), _needed_outputs(spec)
-    if isinstance(outputs, int) and needed > outputs:
-        raise RecipeError(source, [f"`model.num_classes` (={outputs}) is less than the {needed} of `{key}`."])
+    _check_outputs(source, recipe, key, spec)
     return spec
 
 
@@ -73,13 +91,62 @@ def check_same_classes(source: str, train: DataSpec | None, evaluation: DataSpec
     raise RecipeError(source, [f"`eval_dataloader` has other classes than `train_dataloader`: {differ}."])
 
 
+def check_images(source: str, recipe: Recipe, train: DataSpec | None, evaluation: DataSpec | None) -> None:
+    """Refuse images that are not what the pretrained weights of the recipe expect, where that is known.
+
+    Weights say so if ``ws-algorithm convert`` has written their file, data if their data set or its collate function
+    has ``image_input``, a picture in RGB as one of their images. One warning tells of data that do not.
+
+    Raises:
+        RecipeError: If they differ; names what the weights expect and what the network would see.
+    """
+    if recipe.model.get("pretrained") is None:
+        return
+    with torch.device("meta"):
+        origin = unchecked_origin(_build(registry.MODELS, recipe.model))
+    if origin is None:
+        return
+    unknown = []
+    for key, spec in (("train_dataloader", train), ("eval_dataloader", evaluation)):
+        if spec is None:
+            continue
+        places = [getattr(spec.dataloader, name, None) for name in ("dataset", "collate_fn")]
+        offered: list[Any] = [getattr(place, "image_input", None) for place in places]
+        as_data = next((way for way in offered if way is not None), None)
+        difference = image_difference(origin, as_data) if as_data else unknown.append(key)
+        if difference is not None:
+            raise RecipeError(source, [f"`{key}`: the weights of `model.pretrained` {difference}."])
+    if unknown:
+        keys = " and ".join(f"`{key}`" for key in unknown)
+        log.warning("Whether the images of %s are what the weights of `model.pretrained` expect is not known.", keys)
+
+
 def _classes_of(spec: DataSpec) -> list[str]:
     return list(getattr(getattr(spec.dataloader, "dataset", None), "classes", ()))
 
 
-def _needed_outputs(spec: DataSpec) -> int:
-    """How many classes a model must tell apart: those of the data set, or as many as it says, as for a background."""
-    return getattr(getattr(spec.dataloader, "dataset", None), "num_outputs", len(_classes_of(spec)))
+def _check_outputs(source: str, recipe: Recipe, key: str, spec: DataSpec) -> None:
+    """Refuse data with more classes than the model tells apart, where both are known; of fewer, a warning tells.
+
+    A data set says so in ``num_outputs`` if it is not the number of its classes, as for a background; and in
+    ``num_classes_argument`` which argument of its builder decides it, if one does.
+    """
+    dataset, classes = getattr(spec.dataloader, "dataset", None), len(_classes_of(spec))
+    needed = getattr(dataset, "num_outputs", classes)
+    outputs = recipe.model.get("num_classes", _default(registry.MODELS[recipe.model["name"]], "num_classes"))
+    if not isinstance(outputs, int) or not needed or needed == outputs:
+        return
+    message = (
+        f"`model.num_classes` (={outputs}) is {'less' if outputs < needed else 'more'} than the {needed} of `{key}`"
+    )
+    argument = getattr(dataset, "num_classes_argument", None)
+    fix = f"Set model.num_classes={needed}."
+    if argument is not None:
+        keys = [name for name in ("train_dataloader", "eval_dataloader") if getattr(recipe, name)]
+        fix = f"Set {' '.join(f'{name}.{argument}={outputs - (needed - classes)}' for name in keys)}, or {fix[4:]}"
+    if outputs < needed:
+        raise RecipeError(source, [f"{message}. {fix}"])
+    log.warning("%s. %s", message, fix)
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -132,12 +199,16 @@ def group_options(optimizer: dict[str, Any], group: dict[str, Any]) -> dict[str,
 
 def learning_rate(optimizer: dict[str, Any]) -> float | None:
     """The learning rate of an optimizer block, or that of its class, or ``None`` if neither says a number."""
-    parameter = inspect.signature(registry.OPTIMIZERS[optimizer["name"]]).parameters.get("lr")
-    value: Any = optimizer.get("lr", parameter.default if parameter is not None else None)
+    value: Any = optimizer.get("lr", _default(registry.OPTIMIZERS[optimizer["name"]], "lr"))
     try:
         return float(value)
     except (TypeError, ValueError):
         return None
+
+
+def _default(builder: Callable[..., Any], argument: str) -> Any:
+    parameter = inspect.signature(builder).parameters.get(argument)
+    return parameter.default if parameter is not None else None
 
 
 def _typed_group(optimizer: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -34,6 +35,18 @@ class ImageClassifier(ComposerClassifier):
         # Groups would let metrics share a state that was equal after the first batch
         collection = MetricCollection(metrics, compute_groups=False)
         super().__init__(network, num_classes=num_classes, val_metrics=collection)
+
+    def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """How probable each class is for each image, by softmax.
+
+        Args:
+            images: ``(C, H, W)``, as the data give them, of one size.
+
+        Returns:
+            For each image ``probabilities (num_classes,)``.
+        """
+        outputs = self.eval_forward((torch.stack(images), None))
+        return [{"probabilities": row} for row in outputs.float().softmax(1)]
 
     def per_class_metric(self) -> Metric:
         """A new metric whose ``compute()`` gives the accuracy of each class.

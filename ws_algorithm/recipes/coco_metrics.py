@@ -1,9 +1,13 @@
-"""COCO's average precision of boxes and masks, as metrics of one number each."""
+"""COCO's average precision of boxes and masks, as metrics of one number each; its table, and its file of results."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+from collections.abc import Mapping
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,11 @@ _FIGURES = {
     "APm": "map_medium",
     "APl": "map_large",
     "AP": "map",
+}
+_SUMMARY = {
+    **{name: _FIGURES[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")},
+    **{"AR1": "mar_1", "AR10": "mar_10", "AR100": "mar_100"},
+    **{"ARs": "mar_small", "ARm": "mar_medium", "ARl": "mar_large"},
 }
 _ABSENT = object()
 
@@ -98,7 +107,11 @@ class CocoEvaluation(MeanAveragePrecision):
 
     torchmetrics rounds the thresholds to float32, and 0.1 is then not the recall of one object in ten. It also waits
     for ever where one process has more images than another, as the last batch of a data set may.
+
+    It offers what ``ws-algorithm evaluate`` asks the ``evaluation`` of a metric for: a table, and a file of results.
     """
+
+    results_name = "detections.json"
 
     def __init__(self, *, masks: bool) -> None:
         super().__init__(
@@ -110,11 +123,94 @@ class CocoEvaluation(MeanAveragePrecision):
         )
         self.warn_on_many_detections = False
         self.batches = self.round = 0
+        self.image_ids: list[Tensor]
+        self.add_state("image_ids", default=[], dist_reduce_fx=None)
+        self._category_ids: list[int] | None = None
+        self._path: Path | None = None
+
+    def table(self, published: Mapping[str, float]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The twelve figures of COCO's summary, of boxes and masks side by side, and those that were published.
+
+        To be called by all processes, after the evaluation.
+
+        Args:
+            published: Figures by the names of the metrics.
+
+        Returns:
+            Header and rows: average precision and average recall, as shares. ``AR1`` is with the best detection of
+            each image alone, ``AR10`` with the ten best.
+        """
+        values = self.compute()
+        kinds = {kind: iou_type for kind, iou_type in _KINDS.items() if iou_type in self.iou_type}
+        prefixes = {kind: f"{iou_type}_" if len(kinds) > 1 else "" for kind, iou_type in kinds.items()}
+        known = [kind for kind in kinds if any(f"{kind}{name}" in published for name in _SUMMARY)]
+        header = ("", *(kind.lower() for kind in kinds), *(f"published {kind.lower()}" for kind in known))
+        rows = []
+        for name, key in _SUMMARY.items():
+            measured = [f"{float(values[prefix + key]):.4f}" for prefix in prefixes.values()]
+            figures = [published.get(f"{kind}{name}") for kind in known]
+            rows.append((name, *measured, *("" if figure is None else f"{figure:.4f}" for figure in figures)))
+        return header, rows
+
+    def begin_results(self, path: Path, dataset: Any) -> None:
+        """Keep in mind which image is which from the next reset on, for :meth:`write_results`.
+
+        Args:
+            path: The file to write then.
+            dataset: Has ``category_ids``, by label from 1 on; its targets have ``image_id``.
+
+        Raises:
+            ValueError: If the data set has no category ids.
+        """
+        ids = getattr(dataset, "category_ids", None)
+        if ids is None:
+            raise ValueError("the data have no `category_ids`, by which COCO's results name classes.")
+        self._path, self._category_ids = path, [int(number) for number in ids]
+
+    def write_results(self) -> str:
+        """Write what was detected in COCO's format of results; to be called by all processes, after the evaluation.
+
+        A list with, for each detection, ``image_id``, ``category_id``, ``bbox`` as left, top, width and height in
+        pixels, ``score`` and, with masks, ``segmentation`` as compressed run lengths. Images are in the order of the
+        data set. Detections of a label for which the data have no category are left out; they count in no figure.
+
+        Returns:
+            What the file has, in words.
+        """
+        assert self._path is not None and self._category_ids is not None, "`begin_results` was called"
+        with self.sync_context():
+            images, results = len(self.image_ids), self._results(self._category_ids)
+            found = sum(len(scores) for scores in self.detection_scores)
+        if not (distributed.is_initialized() and distributed.get_rank() > 0):
+            partial = self._path.with_name(f"{self._path.name}.partial")
+            partial.write_text(json.dumps(results, separators=(",", ":")), encoding="utf-8")
+            os.replace(partial, self._path)
+        left_out = f", {found - len(results)} of unknown classes left out" if found > len(results) else ""
+        return f"{len(results)} detections in {images} images{left_out}"
+
+    def _results(self, category_ids: list[int]) -> list[dict[str, Any]]:
+        assert len(self.image_ids) == len(self.detection_scores)
+        results = []
+        for position, image_id in enumerate(self.image_ids):
+            boxes, scores = self.detection_box[position].tolist(), self.detection_scores[position].tolist()
+            masks: Any = self.detection_mask[position] if "segm" in self.iou_type else ()
+            for number, label in enumerate(self.detection_labels[position].tolist()):
+                if not 1 <= label <= len(category_ids):
+                    continue
+                result = {"image_id": int(image_id), "category_id": category_ids[label - 1]}
+                result |= {"bbox": boxes[number], "score": scores[number]}
+                if masks:
+                    size, counts = masks[number]
+                    result["segmentation"] = {"size": list(size), "counts": counts.decode()}
+                results.append(result)
+        return results
 
     def update(self, preds: Detections, target: Detections) -> None:
         keys = ["boxes", "labels", *(["masks"] if "segm" in self.iou_type else [])]
         preds = [_on_cpu(item, [*keys, "scores"]) for item in preds]
-        target = [_on_cpu(item, [*keys, *({"iscrowd", "area"} & item.keys())]) for item in target]
+        given, target = target, [_on_cpu(item, [*keys, *({"iscrowd", "area"} & item.keys())]) for item in target]
+        if self._path is not None:
+            self.image_ids.extend(torch.tensor(int(item["image_id"])) for item in given)
         super().update(preds, target)
         self.batches += 1
 

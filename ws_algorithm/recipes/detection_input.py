@@ -7,10 +7,25 @@ from typing import Literal, get_args
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from ws_algorithm.checkpoints.sources import ImageInput
+
 ImageFormat = Literal["rgb", "bgr255"]
 
 _MEAN = {"rgb": [0.485, 0.456, 0.406], "bgr255": [102.9801, 115.9465, 122.7717]}
 _STD = {"rgb": [0.229, 0.224, 0.225], "bgr255": [1.0, 1.0, 1.0]}
+
+
+def image_input(image_format: ImageFormat) -> ImageInput:
+    """What a network sees of an image in a format.
+
+    Raises:
+        ValueError: If :class:`DetectionInput` knows no such format.
+    """
+    if image_format not in get_args(ImageFormat):
+        raise ValueError(f"`image_format` (={image_format!r}) must be 'rgb' or 'bgr255'.")
+    mean, std = (tuple(values[image_format]) for values in (_MEAN, _STD))
+    channels, scale = ("rgb", 1.0) if image_format == "rgb" else ("bgr", 255.0)
+    return ImageInput(channels, scale, mean, std)  # pyright: ignore[reportArgumentType]
 
 
 class DetectionInput(GeneralizedRCNNTransform):
@@ -29,9 +44,8 @@ class DetectionInput(GeneralizedRCNNTransform):
     """
 
     def __init__(self, min_size: int, max_size: int, image_format: ImageFormat) -> None:
-        if image_format not in get_args(ImageFormat):
-            raise ValueError(f"`image_format` (={image_format!r}) must be 'rgb' or 'bgr255'.")
-        super().__init__(min_size, max_size, _MEAN[image_format], _STD[image_format], size_divisible=32)
+        seen = image_input(image_format)
+        super().__init__(min_size, max_size, list(seen.mean), list(seen.std), size_divisible=32)
         self.image_format = image_format
 
     def normalize(self, image: Tensor) -> Tensor:

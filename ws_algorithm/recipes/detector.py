@@ -41,6 +41,24 @@ class Detector(ComposerModel):
         """Detections, also where `outputs` of training are at hand: those are losses."""
         return self.forward(batch)
 
+    def predict(self, images: list[Tensor], *, score_threshold: float = 0.5) -> Targets:
+        """The objects in each image, the best first.
+
+        Args:
+            images: ``(3, H, W)``, as the data give them.
+            score_threshold: The least score of an object. Default: ``0.5``.
+
+        Returns:
+            For each image ``boxes (N, 4)`` as corners in pixels, ``labels (N,)``, ``scores (N,)`` and, for masks,
+            ``masks (N, H, W)`` of bools.
+        """
+        objects = []
+        for found in self.eval_forward((images, [])):
+            order = found["scores"].argsort(descending=True, stable=True)
+            kept = {key: value[order[found["scores"][order] >= score_threshold]] for key, value in found.items()}
+            objects.append(kept | ({"masks": kept["masks"][:, 0] >= 0.5} if "masks" in kept else {}))
+        return objects
+
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         """The metrics of evaluation; none in training, where nothing is detected."""
         return {} if is_train else self._metrics

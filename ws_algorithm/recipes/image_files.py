@@ -84,6 +84,10 @@ class ImageFiles(VisionDataset):
             raise DataError(f"None of the {len(self)} images in {self.root} can be read: {self._corrupt_names()}.")
         return self.blank, self.labels[index]
 
+    def image_input(self, image: Image.Image) -> Any:
+        """A picture in RGB as it would come from one of these files."""
+        return self.transform(image)  # pyright: ignore[reportOptionalCall]
+
     @property
     def unreadable(self) -> list[str]:
         """Names of the files that could not be read so far, relative to the folder, in the order of their positions."""

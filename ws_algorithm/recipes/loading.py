@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.transforms import v2
 
 
 class ImagesInMemory(Dataset):
@@ -46,6 +48,14 @@ class ImagesInMemory(Dataset):
         if self.augment is not None:
             images = torch.stack([self.augment(image) for image in images])
         return self.normalize(images), self.labels[indices]
+
+    def image_input(self, image: Image.Image) -> Tensor:
+        """A picture in RGB as one of these images: its centre, resized, in gray if they are."""
+        channels, height, width = self.images.shape[1:]
+        gray = [v2.Grayscale()] if channels == 1 else []
+        crop = [v2.Resize(max(height, width)), v2.CenterCrop((height, width)), v2.PILToTensor()]
+        scale = [v2.ToDtype(torch.float32, scale=True)] if self.images.is_floating_point() else []
+        return self.normalize(v2.Compose([*gray, *crop, *scale])(image))
 
 
 Order = Callable[[torch.Generator], Tensor]

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def measure(
 ) -> list[Record]:
     """Measure contestants in a case.
 
-    A step is ``zero_grad``, forward, cross-entropy and backward of each micro-batch, and an SGD step with momentum; in
+    A step is ``zero_grad``, forward, loss and backward of each micro-batch, and an SGD step with momentum; in
     evaluation it is one forward without gradients. Two rounds of steps come before those that count.
 
     Args:
@@ -217,13 +218,13 @@ def _memory(name: str, case: Case) -> tuple[int | None, int | None, int | None]:
 
 
 def _saved_and_held(contestant: Contestant) -> tuple[int, int]:
-    images, labels = contestant.micro_batches[0]
+    images, targets = contestant.micro_batches[0]
     contestant.zero_grad()
     before = _alive(contestant)
     with contestant.around():
-        first = _saved(contestant, images.clone(), labels.clone())
+        first = _saved(contestant, images.clone(), _copy(targets))
         between = _alive(contestant)
-        second = _saved(contestant, images.clone(), labels.clone())
+        second = _saved(contestant, images.clone(), _copy(targets))
     contestant.zero_grad()
     held = {key: storage for key, storage in between.items() if key not in before}
     held |= {key: storage for key, storage in first.items() if key in second}
@@ -234,7 +235,14 @@ def _saved_and_held(contestant: Contestant) -> tuple[int, int]:
 _Storages = dict[int, torch.UntypedStorage]
 
 
-def _saved(contestant: Contestant, images: Tensor, labels: Tensor) -> _Storages:
+def _copy(targets: Any) -> Any:
+    """Labels, or what is known of each image, in memory of their own."""
+    if isinstance(targets, Tensor):
+        return targets.clone()
+    return [{name: value.clone() for name, value in own.items()} for own in targets]
+
+
+def _saved(contestant: Contestant, images: Tensor, targets: Any) -> _Storages:
     """What one micro-batch saves for its backward, parameters and buffers aside."""
     saved: _Storages = {}
 
@@ -243,7 +251,7 @@ def _saved(contestant: Contestant, images: Tensor, labels: Tensor) -> _Storages:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = contestant.loss(images, labels)
+        loss = contestant.loss(images, targets)
     contestant.backward(loss)
     own = _own(contestant)
     return {key: storage for key, storage in saved.items() if key not in own}

@@ -26,6 +26,7 @@ from ws_algorithm.recipes import build, freezing, registry
 from ws_algorithm.recipes.catalogue import find_recipe
 from ws_algorithm.recipes.linear_rule import apply_linear_rule, check_linear_rule
 from ws_algorithm.recipes.metrics import check_metrics
+from ws_algorithm.recipes.origins import take_formula
 from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.schema import Recipe, RecipeError, check_batch_sizes, did_you_mean, first_line
 from ws_algorithm.recipes.signatures import MISSING_VALUE, check_arguments
@@ -72,7 +73,8 @@ def resolve_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         for name, arguments in (getattr(recipe, key) or {}).items():
             errors += _check_entry(key, name, arguments, names)
     errors += check_values(recipe) + check_batch_sizes(recipe, dist.get_world_size())
-    errors += check_linear_rule(recipe)
+    recipe, misfits = take_formula(recipe)
+    errors += misfits + check_linear_rule(recipe)
     if not any(error.startswith("`lr_base_batch_size`") for error in errors):
         recipe = apply_linear_rule(recipe)
     errors += _check_by_building(recipe, errors)

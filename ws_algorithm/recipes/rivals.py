@@ -1,7 +1,8 @@
-"""The ways to standardize every 2d convolution of a model that are measured against one another.
+"""The ways to standardize the 2d convolutions of a model that are measured against one another.
 
 Each turns a plain model into a contestant and keeps its ``Parameter`` objects, so that all of them start from the same
-raw weights. Libraries are imported when they are asked for.
+raw weights. All standardize the same layers, except Composer's, which takes every one. Libraries are imported when they
+are asked for.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ws_algorithm.functional import apply_weight_standardization, fold_weight_standardization
+from ws_algorithm.inspection import inspect_convolutions
+
+Layers = Literal["all", "normalized"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Rival:
 
     Args:
         about: A line for readers.
-        convert: Edits a plain model in place.
+        convert: Called with a plain model, to edit in place, and with which layers to take: ``"all"`` or
+            ``"normalized"``, only those that a norm follows. Without the latter, all.
         formula: The name in ``FORMULAS`` of what it computes; ``None`` for no standardization.
         around: Called with the model; the context that all micro-batches of one optimizer step run in, or all batches
             of an evaluation.
@@ -33,7 +39,7 @@ class Rival:
     """
 
     about: str
-    convert: Callable[[nn.Module], object]
+    convert: Callable[..., object]
     formula: str | None
     around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext
     library: str | None = None
@@ -74,12 +80,12 @@ def reason_against(name: str, mode: str = "train") -> str | None:
     return None
 
 
-def _exact(model: nn.Module) -> None:
-    apply_weight_standardization(model)
+def _exact(model: nn.Module, layers: Layers = "all") -> None:
+    apply_weight_standardization(model, layers=layers)
 
 
-def _folded(model: nn.Module) -> None:
-    apply_weight_standardization(model)
+def _folded(model: nn.Module, layers: Layers = "all") -> None:
+    apply_weight_standardization(model, layers=layers)
     fold_weight_standardization(model)
 
 
@@ -89,29 +95,30 @@ def _once(model: nn.Module) -> AbstractContextManager[object]:
     return standardize_once(model)
 
 
-def _composer(model: nn.Module) -> None:
+def _composer(model: nn.Module, layers: Layers = "all") -> None:
     from composer.functional import apply_weight_standardization as composers
 
     composers(model)
 
 
-def _paper(model: nn.Module) -> None:
-    _replace_convolutions(model, PaperConv2d)
+def _paper(model: nn.Module, layers: Layers = "all") -> None:
+    _replace_convolutions(model, PaperConv2d, layers)
 
 
-def _timm(model: nn.Module) -> None:
+def _timm(model: nn.Module, layers: Layers = "all") -> None:
     from timm.layers.std_conv import StdConv2d
 
-    _replace_convolutions(model, StdConv2d)
+    _replace_convolutions(model, StdConv2d, layers)
 
 
-def _mmcv(model: nn.Module) -> None:
-    _replace_convolutions(model, importlib.import_module("mmcv.cnn").ConvWS2d)
+def _mmcv(model: nn.Module, layers: Layers = "all") -> None:
+    _replace_convolutions(model, importlib.import_module("mmcv.cnn").ConvWS2d, layers)
 
 
-def _replace_convolutions(model: nn.Module, layer: Callable[..., nn.Module]) -> None:
+def _replace_convolutions(model: nn.Module, layer: Callable[..., nn.Module], layers: Layers) -> None:
+    taken = {record.name for record in inspect_convolutions(model, layers=layers) if record.standardized}
     for name, conv in list(model.named_modules()):
-        if isinstance(conv, nn.Conv2d):
+        if isinstance(conv, nn.Conv2d) and name in taken:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _layer_like(conv, layer))
 
@@ -127,7 +134,7 @@ def _layer_like(conv: nn.Conv2d, layer: Callable[..., nn.Module]) -> nn.Module:
 
 
 RIVALS: dict[str, Rival] = {
-    "none": Rival("no Weight Standardization", lambda model: None, formula=None),
+    "none": Rival("no Weight Standardization", lambda model, layers="all": None, formula=None),
     "exact": Rival("ours, in every forward", _exact, formula="composer"),
     "once": Rival("ours, once per optimizer step", _exact, formula="composer", around=_once),
     "folded": Rival("ours, folded into plain weights", _folded, formula="composer", evaluates_only=True),

@@ -20,6 +20,8 @@ EPOCHS = "epochs.tsv"
 LOG = "log.txt"
 CURVES = "curves.png"
 BEST = "best.pt"
+EXPORTED = "exported"  # with the suffixes of export
+RESULTS = ("detections.json",)  # of evaluations
 CHECKPOINT_FORMAT = "ep{epoch}-ba{batch}-rank{rank}.pt"
 LATEST_FORMAT = "latest-rank{rank}.pt"
 
@@ -48,10 +50,7 @@ def claim_run_folder(
     again = autoresume or overwrite
     if run_name is None and "{run_name}" in save_folder and not again:
         return _claim_new_folder(save_folder, default_name)
-    if run_name is None and "{run_name}" in save_folder:
-        run_name = _numbered(default_name, max(_taken_numbers(save_folder, default_name, _holds_run), default=1))
-    run_name = run_name or default_name
-    folder = _folder(save_folder, run_name)
+    folder, run_name = folder_to_use_again(save_folder, run_name, default_name)
     if _holds_run(folder) and not (autoresume or overwrite):
         raise ValueError(
             f"`save_folder` (={str(folder)!r}) already holds a run. Use autoresume=true to continue it, "
@@ -61,10 +60,27 @@ def claim_run_folder(
     return folder, run_name
 
 
+def folder_to_use_again(save_folder: str, run_name: str | None, default_name: str) -> tuple[Path, str]:
+    """The folder and the name of the run that is continued or replaced; of a new one if there is none.
+
+    Arguments are those of :func:`claim_run_folder`. Nothing is made.
+    """
+    if run_name is None and "{run_name}" in save_folder:
+        run_name = _numbered(default_name, max(_taken_numbers(save_folder, default_name, _holds_run), default=1))
+    run_name = run_name or default_name
+    return _folder(save_folder, run_name), run_name
+
+
+def has_whole_checkpoint(folder: Path) -> bool:
+    """Whether a run can go on from what it has saved in a folder."""
+    return any(zipfile.is_zipfile(path) for path in _checkpoints(folder))
+
+
 def clear_run(folder: Path) -> None:
     """Remove the files of an earlier run, and nothing else, from a folder."""
-    named = [folder / name for name in (_LATEST, RECIPE, METRICS, EPOCHS, LOG, CURVES, BEST)]
-    for path in [*_checkpoints(folder), *named, *folder.glob("*.partial"), *folder.glob("*.partial.pt")]:
+    named = [folder / name for name in (_LATEST, RECIPE, METRICS, EPOCHS, LOG, CURVES, BEST, *RESULTS)]
+    patterns = (f"{EXPORTED}.*", "*.partial", "*.partial.pt")
+    for path in [*_checkpoints(folder), *named, *(path for pattern in patterns for path in folder.glob(pattern))]:
         path.unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from composer.utils import dist
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -59,6 +60,7 @@ class SyntheticObjects(Dataset):
         self.classes = [_name(label) for label in range(1, num_classes + 1)]
         self.category_ids = list(range(1, num_classes + 1))
         self.num_outputs = num_classes + 1
+        self.num_classes_argument = "synthetic_num_classes"
         positions = torch.arange(max(num_images, batch_size * dist.get_world_size()))
         wide, tall = torch.tensor([self.short, self.long]), torch.tensor([self.long, self.short])
         self.sizes = torch.where(positions[:, None] % 2 == 0, wide, tall)
@@ -83,6 +85,10 @@ class SyntheticObjects(Dataset):
         masks = torch.stack([owner == number for number in seen])
         target = self._target(index, masks, labels[[number - 1 for number in seen]])
         return self.transforms(tv_tensors.Image(image.to(torch.uint8)), target)
+
+    def image_input(self, image: Image.Image) -> Tensor:
+        """A picture in RGB as one of these images."""
+        return self.transforms(image)
 
     def _target(self, index: int, masks: Tensor, labels: Tensor) -> dict[str, Any]:
         corners = [(xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) for ys, xs in (m.nonzero().T for m in masks)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from ws_algorithm.recipes.epoch_table import EpochTable
 from ws_algorithm.recipes.image_files import DataError
 from ws_algorithm.recipes.loading import unreadable_line
 from ws_algorithm.recipes.metrics import published_figures
+from ws_algorithm.recipes.origins import function_that_changes
 from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.resolve import resolve_recipe
 from ws_algorithm.recipes.run_log import RunLog
@@ -58,13 +60,14 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
         RecipeError: If the recipe has mistakes, its data are not there or its folder is taken, lists them all; while
             it trains, if too many files of its data cannot be read.
     """
-    recipe = resolve_recipe(source, overrides)
+    recipe = resolve_recipe(source, [*overrides, *_without_lost_weights(source, overrides)])
     dist.initialize_dist(get_device(recipe.device), timeout=recipe.dist_timeout)
     data = [
         build.build_data(source, recipe, "train_dataloader", training=True),
         build.build_data(source, recipe, "eval_dataloader", training=False),
     ]
     build.check_same_classes(source, *data)
+    build.check_images(source, recipe, *data)
     recipe, folder = _open_run_folder(source, recipe)
     progress_bar = sys.stderr.isatty() if recipe.progress_bar is None else recipe.progress_bar
     with build.cpu_threads(recipe), _logging_to(folder / run_folder.LOG, epochs_on_screen=not progress_bar):
@@ -82,6 +85,26 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
             _report(trainer, recipe, folder)
     dist.barrier()
     return trainer
+
+
+def _without_lost_weights(source: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides for a run that goes on from its own checkpoint while the weights that it began with are gone."""
+    try:
+        path = find_recipe(source)
+        recipe, _ = read_recipe(path, overrides)
+    except ValueError:
+        return []  # resolve_recipe says what is wrong
+    pretrained = (recipe.model or {}).get("pretrained")
+    if not recipe.autoresume or not isinstance(pretrained, str) or Path(pretrained).is_file():
+        return []
+    folder, _ = run_folder.folder_to_use_again(recipe.save_folder, recipe.run_name, path.stem)
+    if not run_folder.has_whole_checkpoint(folder) or not (folder / run_folder.RECIPE).is_file():
+        return []
+    before, _ = read_recipe(folder / run_folder.RECIPE)
+    key = "WeightStandardization"
+    ours, theirs = ((own.algorithms or {}).get(key) or {} for own in (recipe, before))
+    taken = key in (recipe.algorithms or {}) and "formula" in theirs and "formula" not in ours
+    return ["model.pretrained=null", *([f"algorithms.{key}.formula={json.dumps(theirs['formula'])}"] if taken else [])]
 
 
 def _open_run_folder(source: str, recipe: Recipe) -> tuple[Recipe, Path]:
@@ -149,6 +172,10 @@ def _build_or_refuse(
 def _build_trainer(recipe: Recipe, folder: Path, data: list[DataSpec | None], progress_bar: bool) -> Trainer:
     reproducibility.seed_all(recipe.seed)
     model = build.build_model(recipe)
+    if recipe.load_path is None and run_folder.latest_checkpoint(folder) is None:
+        for line in (build.random_but_frozen(recipe, model), function_that_changes(recipe)):
+            if line is not None:
+                log.warning("%s", line)
     arguments: dict[str, Any] = {name: getattr(recipe, name) for name in _PASSED} | {"progress_bar": progress_bar}
     return Trainer(
         model=model,

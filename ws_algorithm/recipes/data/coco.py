@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -173,6 +174,10 @@ class CocoObjects(Dataset):
         known = self._pickled[int(position)]
         target = object_targets(known, number, (height, width), self._label_of, masks=self.masks)
         return self.transforms(image, target)
+
+    def image_input(self, image: Image.Image) -> Tensor:
+        """A picture in RGB as one of these images."""
+        return self.transforms(image)
 
 
 def _as_it_is(image: Any) -> Any:

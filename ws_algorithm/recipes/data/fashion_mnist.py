@@ -55,7 +55,10 @@ def build_fashion_mnist_dataspec(
 def _read(split: str, root: str, transform: v2.Compose, download: bool) -> datasets.FashionMNIST:
     try:
         with dist.run_local_rank_zero_first():
-            return datasets.FashionMNIST(root, train=split == "train", transform=transform, download=download)
+            dataset: Any = datasets.FashionMNIST(root, train=split == "train", transform=transform, download=download)
+            # A picture in RGB as one of these images
+            dataset.image_input = v2.Compose([v2.Grayscale(), v2.Resize(28), v2.CenterCrop(28), transform])
+            return dataset
     except RuntimeError as error:
         if download:
             raise ValueError(f"Fashion-MNIST could not be downloaded into `root` (={root!r}): {error}") from error

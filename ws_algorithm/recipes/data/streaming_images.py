@@ -108,6 +108,7 @@ class _Collate:
 
     def __init__(self, transform: Callable[[Image.Image], Tensor], image: str, label: str) -> None:
         self.transform, self.image, self.label = transform, image, label
+        self.image_input = transform  # a picture in RGB as one of these images
 
     def __call__(self, samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         images = torch.stack([self.transform(to_rgb(_decoded(sample[self.image]))) for sample in samples])

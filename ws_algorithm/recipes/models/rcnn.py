@@ -9,13 +9,14 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.resnet import ResNet
 
 from ws_algorithm.recipes.coco_metrics import coco_metrics
-from ws_algorithm.recipes.detection_input import DetectionInput, ImageFormat
+from ws_algorithm.recipes.detection_input import DetectionInput, ImageFormat, image_input
 from ws_algorithm.recipes.detector import Detector
 from ws_algorithm.recipes.network_arguments import check_at_least, check_between
 from ws_algorithm.recipes.norm_layers import Norm, NormLayer, resolve_norm_layer
-from ws_algorithm.recipes.pretrained import load_pretrained
+from ws_algorithm.recipes.pretrained import has_module, load_pretrained
 from ws_algorithm.recipes.region_proposals import LevelAnchors, ProposalNetwork
 from ws_algorithm.recipes.resnets import build_resnet
 from ws_algorithm.recipes.roi_heads import BoxPredictor, LevelRoIAlign, MaskPredictor, RegionHeads
@@ -25,6 +26,9 @@ BoxHead = Literal["4conv1fc", "2fc"]
 
 _CHANNELS = 256
 _HIDDEN = 1024
+
+_CLASS_HEADS = ("roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred")
+_CLASS_HEADS += ("roi_heads.mask_predictor.mask_fcn_logits",)
 
 
 def build_faster_rcnn(
@@ -75,7 +79,8 @@ def build_faster_rcnn(
         box_head: ``"4conv1fc"``, four convolutions of 256 channels and a layer of 1024; or ``"2fc"``, two such layers.
         frozen_stages: 0, everything trains; or the stages of the ResNet, 1 to 4, that do not, with the stem. 1 is what
             Detectron calls ``FREEZE_AT`` 2. Default: ``0``.
-        pretrained: A file of classification weights for the ResNet; see :func:`load_pretrained`. Its classifier is left
+        pretrained: A file of weights; see :func:`load_pretrained`. Either of a whole detector, whose last layers start
+            anew if it has another number of classes; or classification weights for the ResNet, whose classifier is left
             out. Default: ``None``, random weights.
         min_size: What the shorter side of an image becomes, in pixels. Default: ``800``.
         max_size: The longest that the longer side becomes. Default: ``1333``.
@@ -161,14 +166,22 @@ def build_mask_rcnn(
 
 def _build(*, masks: bool, **given: Any) -> Detector:
     _check(given)
-    norm_layer = resolve_norm_layer(given["norm"], given["num_groups"], given["channels_per_group"])
+    norm_layer: NormLayer = resolve_norm_layer(given["norm"], given["num_groups"], given["channels_per_group"])
     head_norm = None if given["norm"] == "frozen" else norm_layer
+    pretrained, sees = given["pretrained"], image_input(given["image_format"])
+    body = build_resnet(given["arch"], get_args(Architecture), norm_layer)
+    body.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    of_detector = pretrained if pretrained is not None and has_module(pretrained, "backbone.body") else None
+    if pretrained is not None and of_detector is None:
+        load_pretrained(body, pretrained, dropped=["fc"], image_input=sees)
     network = GeneralizedRCNN(
-        _backbone(given["arch"], norm_layer, head_norm, given["frozen_stages"], given["pretrained"]),
+        _backbone(body, head_norm, given["frozen_stages"]),
         _proposal_network(given),
         _region_heads(given, head_norm, masks=masks),
         DetectionInput(given["min_size"], given["max_size"], given["image_format"]),
     )
+    if of_detector is not None:
+        load_pretrained(network, of_detector, heads=_CLASS_HEADS[: 3 if masks else 2], image_input=sees)
     return Detector(network, coco_metrics(masks=masks))
 
 
@@ -190,14 +203,8 @@ def _check(given: dict[str, Any]) -> None:
             raise ValueError(f"`box_head_std` (={given['box_head_std']}) is for `box_head` '4conv1fc'. Leave it out.")
 
 
-def _backbone(
-    arch: str, norm_layer: NormLayer, pyramid_norm: NormLayer | None, frozen_stages: int, pretrained: str | None
-) -> BackboneWithFPN:
+def _backbone(body: ResNet, pyramid_norm: NormLayer | None, frozen_stages: int) -> BackboneWithFPN:
     """The four stages of a ResNet and the pyramid on them, whose P6 is every second place of P5."""
-    body = build_resnet(arch, get_args(Architecture), norm_layer)
-    body.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-    if pretrained is not None:
-        load_pretrained(body, pretrained, dropped=["fc"])
     trainable = 4 - frozen_stages if frozen_stages else 5  # of the four stages and the stem, from the last one on
     return _resnet_fpn_extractor(body, trainable, norm_layer=pyramid_norm)
 
