@@ -16,13 +16,13 @@ PACKAGE = Path(ws_algorithm.__file__).parent
 # From the ground up. Files on one floor do not import one another
 FLOORS = [
     ["formula.py", "layers.py", "patterns.py", "tracing/rebinding.py", "tracing/symbol.py", "tracing/undisturbed.py"],
-    ["batch_norms.py", "group_norm_rules.py", "triton_kernels.py", "tracing/shadow.py"],
+    ["batch_norms.py", "group_norm_rules.py", "rescaling.py", "triton_kernels.py", "tracing/shadow.py"],
     ["group_norm.py", "multi_tensor.py", "tracing/recorder.py"],
     ["holding.py", "tracing/following.py", "tracing/trial.py"],
     ["deferral.py", "tracing/symbolic.py", "tracing/observation.py"],
     ["parametrization.py", "tracing/execution.py"],
     ["once.py", "selection.py"],
-    ["cautions.py", "inspection.py"],
+    ["cautions.py", "gains.py", "inspection.py"],
     ["functional.py"],
     ["training_step.py"],
     ["algorithm.py"],

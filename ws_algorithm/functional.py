@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ws_algorithm.cautions import cautions_about, summary_of
 from ws_algorithm.formula import Formula, resolve_formula
+from ws_algorithm.gains import check_wrappers, hand_over_gains
+from ws_algorithm.group_norm import Optimizers, checked_optimizers
 from ws_algorithm.layers import raw_weight, standardizers_of
 from ws_algorithm.parametrization import (
     check_removable,
@@ -32,6 +36,7 @@ def apply_weight_standardization(
     predicate: Predicate | None = None,
     example_input: Any = None,
     formula: str | Formula = "composer",
+    optimizers: Optimizers | None = None,
 ) -> int:
     r"""Standardize the weights of the convolutions of a model, now and in every later forward.
 
@@ -60,17 +65,21 @@ def apply_weight_standardization(
             for which it is false are left alone. Default: ``None``.
         example_input: What to run and observe a copy of the model with, where its forward cannot be traced or depends
             on optional arguments: a tuple of positional arguments, or the only argument. Default: ``None``.
-        formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``) or a
-            :class:`~ws_algorithm.formula.Formula`. A published checkpoint needs the formula that it was trained with.
-            Default: ``"composer"``.
+        formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``, ``affine``,
+            ``scaled``) or a :class:`~ws_algorithm.formula.Formula`. A published checkpoint needs the formula that it
+            was trained with; a network that was trained without Weight Standardization keeps its function with
+            ``affine``. Default: ``"composer"``.
+        optimizers: Optimizers of the model, to which the gains that learn (those of ``scaled``) are added, each in the
+            parameter group of its weight; ``[]`` if they will be built later. Default: ``None``.
 
     Returns:
         The number of convolutions that this call standardized.
 
     Raises:
-        ValueError: If an argument is not of the kind described, a pattern matches no convolution, or a convolution that
+        ValueError: If an argument is not of the kind described, a pattern matches no convolution, a convolution that
             is to be standardized is lazy, pruned, of whole numbers, prepared for quantization-aware training, or under
-            ``weight_norm``, ``spectral_norm`` or ``orthogonal``. Nothing has been changed then.
+            ``weight_norm``, ``spectral_norm`` or ``orthogonal``, or `module` is wrapped in FSDP or
+            ``DistributedDataParallel`` and the gains of `formula` are new to it. Nothing has been changed then.
 
     Source: https://arxiv.org/abs/1903.10520.
 
@@ -83,10 +92,11 @@ def apply_weight_standardization(
         (True, False)
     """
     formula = resolve_formula(formula)
+    held_by = None if optimizers is None else checked_optimizers(optimizers)
     rules = Rules(n_last_layers_ignore, layers, include, exclude, predicate)
     selection = select_convolutions(module, rules, example_input)
     check_selection(selection)
-    return standardize_selection(selection, formula)
+    return standardize_selection(selection, formula, held_by)
 
 
 def check_selection(selection: Selection) -> None:
@@ -100,8 +110,9 @@ def check_selection(selection: Selection) -> None:
         )
 
 
-def standardize_selection(selection: Selection, formula: Formula) -> int:
-    """Standardize what was chosen and return its number."""
+def standardize_selection(selection: Selection, formula: Formula, optimizers: Sequence[Optimizer] | None) -> int:
+    """Standardize what was chosen, give gains that learn to the optimizers, and return the number of convolutions."""
+    check_wrappers(selection, formula)
     chosen = selection.chosen
     done: list[nn.Module] = []
     try:
@@ -113,8 +124,9 @@ def standardize_selection(selection: Selection, formula: Formula) -> int:
             unregister_weight_standardizer(conv)
         raise
     log.log(logging.INFO if is_weight_standardized(selection.module) else logging.WARNING, summary_of(selection))
-    for caution in cautions_about(selection):
+    for caution in cautions_about(selection, formula):
         log.warning(caution)
+    hand_over_gains(chosen, optimizers)
     return len(chosen)
 
 
@@ -136,8 +148,8 @@ def remove_weight_standardization(module: nn.Module) -> int:
     """Take the standardization off a model and keep its raw weights, in place.
 
     The function of the model changes (its weights are no longer standardized); its keys, classes and ``Parameter``
-    objects are those it had before :func:`apply_weight_standardization`. To keep the function, use
-    :func:`fold_weight_standardization`.
+    objects are those it had before :func:`apply_weight_standardization`. Gains and shifts of ``affine`` and ``scaled``
+    are dropped. To keep the function, use :func:`fold_weight_standardization`.
 
     Returns:
         The number of convolutions that were standardized.
@@ -183,9 +195,9 @@ def fold_weight_standardization(module: nn.Module) -> int:
         (1, True)
     """
     layers = _removable_layers(module)
-    _check_not_shared(module, layers)
     with torch.no_grad():
         folded: Any = [layer.weight for layer in layers]  # all before any: two of them may share one raw weight
+        _check_not_shared(module, layers, folded)
         for layer, weight in zip(layers, folded, strict=True):
             unregister_weight_standardizer(layer).copy_(weight)
     return len(layers)
@@ -206,16 +218,16 @@ def _removable_layers(module: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _check_not_shared(module: nn.Module, layers: list[nn.Module]) -> None:
-    """Folding overwrites raw weights: no layer may use one unstandardized, nor two layers by different formulas."""
+def _check_not_shared(module: nn.Module, layers: list[nn.Module], folded: list[Tensor]) -> None:
+    """Folding overwrites raw weights: no layer may use one unstandardized, nor two layers differently."""
     inside = {part for layer in layers for part in layer.modules()}
-    raw: dict[int, str] = {}
-    for layer in layers:
-        standardization = repr(standardizers_of(layer))
-        if raw.setdefault(id(raw_weight(layer)), standardization) != standardization:
+    raw: dict[int, Tensor] = {}
+    for layer, weight in zip(layers, folded, strict=True):
+        first = raw.setdefault(id(raw_weight(layer)), weight)
+        if not torch.allclose(first, weight, rtol=0, atol=0, equal_nan=True):
             raise ValueError(
-                "`module` shares a raw weight among layers that standardize it by different formulas; one folded "
-                "weight cannot serve both. Give one of them a weight of its own first."
+                "`module` shares a raw weight among layers that standardize it by different formulas or gains; one "
+                "folded weight cannot serve both. Give one of them a weight of its own first."
             )
     for name, other in module.named_modules():
         if other not in inside and any(id(parameter) in raw for parameter in other.parameters(recurse=False)):
