@@ -2,12 +2,10 @@
 
 from typing import Any
 
-from torch import nn
 
-
-def gain_and_shift(conv: nn.Module) -> dict[str, Any]:
+def gain_and_shift(conv: Any) -> dict[str, Any]:
     """Arguments for ``standardize_weight``: none for a formula that has neither."""
-    chain: Any = conv.parametrizations["weight"]  # pyright: ignore[reportIndexIssue]
+    chain = conv.parametrizations["weight"]
     if len(chain) == 1:
         return {}
     return {"gain": chain[1].gain} if chain[1].shift is None else {"gain": chain[1].gain, "shift": chain[1].shift}

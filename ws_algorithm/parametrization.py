@@ -8,8 +8,8 @@ In plain words, after :func:`register_weight_standardizer` ``conv``:
 - assigning to ``conv.weight``, ``conv.reset_parameters()`` and loading a plain ``conv.weight`` key set the raw weight;
 - :func:`unregister_weight_standardizer` restores class, parameter and keys as they were.
 
-A formula with gain and shift has them in a second parametrization behind the first. Whatever sets the raw weight as
-above begins them anew, so that with ``affine`` the convolution computes with the very weight that was set.
+A formula with gain and shift has them in a second parametrization behind the first. With ``affine`` they follow what
+sets the raw weight as above, so that the convolution computes with the very weight that was set.
 """
 
 from __future__ import annotations
@@ -220,12 +220,8 @@ def _assign_raw_weight(conv: nn.Module, value: Any) -> None:
     else:
         with torch.no_grad():
             raw.copy_(value)
-    _rescale_anew(conv)
-
-
-def _rescale_anew(conv: nn.Module) -> None:
     for rescaler in _rescalers(conv).values():
-        rescaler.begin_anew(raw_weight(conv))
+        rescaler.follow(raw_weight(conv))
 
 
 def _rescalers(conv: nn.Module) -> dict[int, Rescaler]:
@@ -270,7 +266,8 @@ def _raw_weight_methods(base: Any) -> dict[str, Callable[..., Any]]:
             base.reset_parameters(self)
         finally:
             self.__class__ = standardized_class
-        _rescale_anew(self)
+        for rescaler in _rescalers(self).values():
+            rescaler.begin_anew(raw_weight(self))
 
     def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         plain, raw = f"{prefix}weight", f"{prefix}parametrizations.weight.original"

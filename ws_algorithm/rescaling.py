@@ -102,9 +102,14 @@ class Rescaler(nn.Module):
         scale, mean = scale_and_mean(weight.detach(), self.formula)
         return {"gain": scale, "shift": mean}
 
+    def follow(self, weight: Tensor) -> None:
+        """Take account of a raw `weight` that was assigned: gains that learn stay what they have become."""
+        if self.formula.rescaling == "affine" or self.gain.is_meta:
+            self.begin_anew(weight)
+
     @torch.no_grad()
     def begin_anew(self, weight: Tensor) -> None:
-        """Set gain and shift for a raw `weight` that has just been set."""
+        """Set gain and shift for a raw `weight` that has just been initialised."""
         for name, value in self.values_for(weight).items():
             part = getattr(self, name)
             if part.is_meta:
