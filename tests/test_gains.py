@@ -77,10 +77,7 @@ def test_gains_have_names_in_an_optimizer_that_knows_names():
 
     (group,) = optimizer.param_groups
     assert group["param_names"][-2:] == [f"{place}.parametrizations.weight.1.gain" for place in (0, 2)]
-    named = dict(model.named_parameters())
-    assert all(
-        named[name] is p for name, p in zip(group["param_names"], group["params"], strict=True) if "gain" in name
-    )
+    assert all(gain is parameter for gain, parameter in zip(gains(model), group["params"][-2:], strict=True))
 
 
 def test_the_gain_of_a_frozen_weight_is_frozen_and_one_that_no_optimizer_knows_stays_out():

@@ -1,4 +1,4 @@
-"""Networks with gain and shift: one trained without Weight Standardization goes on with it, in a Trainer and outside."""
+"""Networks with gain and shift: one trained without Weight Standardization goes on with it, in a Trainer or not."""
 
 import copy
 import logging

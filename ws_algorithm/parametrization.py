@@ -114,13 +114,12 @@ def register_weight_standardizer(conv: nn.Module, formula: str | Formula = "comp
     """Standardize the weight of one convolution from now on."""
     formula = resolve_formula(formula)
     layer: Any = conv
-    rescaler = None if formula.rescaling is None else Rescaler(formula, layer.weight)
+    rescaler = [] if formula.rescaling is None else [Rescaler(formula, layer.weight)]
     if parametrize.is_parametrized(conv):
         _give_own_class(conv, without=())
     parametrize.register_parametrization(conv, "weight", WeightStandardizer(formula))
-    if rescaler is not None:
-        parametrize.register_parametrization(conv, "weight", rescaler)
     parametrizations: Any = conv.parametrizations
+    parametrizations["weight"].extend(rescaler)
     parametrizations.train(conv.training)  # parts start in training mode, whatever that of the whole
     injected: Any = type(conv)
     injected.weight = _short_way(vars(injected)["weight"])

@@ -48,6 +48,9 @@ class Rescaler(nn.Module):
     Source: mmcv's ``ConvAWS2d``; https://arxiv.org/abs/2101.08692, section 4.
     """
 
+    gain: Any
+    shift: Any
+
     def __init__(self, formula: Formula, weight: Tensor) -> None:
         super().__init__()
         assert formula.rescaling is not None
@@ -55,7 +58,7 @@ class Rescaler(nn.Module):
         self.memory = _Memory()
         values = self.values_for(weight)
         if formula.rescaling == "scaled":
-            self.gain: Any = nn.Parameter(values["gain"], requires_grad=weight.requires_grad)
+            self.gain = nn.Parameter(values["gain"], requires_grad=weight.requires_grad)
         else:
             self.register_buffer("gain", values["gain"])
         self.register_buffer("shift", values.get("shift"))
@@ -69,16 +72,16 @@ class Rescaler(nn.Module):
         sources = (standardized, self.gain, *(() if self.shift is None else (self.shift,)))
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             self.memory.last = None
-            return self(standardized)
+            return self.forward(standardized)
         if any(source.is_inference() for source in sources):
-            return self(standardized)
+            return self.forward(standardized)
         state = tuple((source._version, source.data_ptr()) for source in sources)
         last = self.memory.last
         if last is not None and all(map(operator.is_, last[0], sources)) and last[1] == state:
             if last[2]._version == last[3] and not last[2].requires_grad:
                 return last[2]
         with torch.inference_mode(False), torch.no_grad():
-            rescaled = self(standardized)
+            rescaled = self.forward(standardized)
         self.memory.last = (sources, state, rescaled, rescaled._version)
         return rescaled
 
@@ -97,8 +100,8 @@ class Rescaler(nn.Module):
         if self.formula.rescaling == "scaled":
             shape = (weight.shape[0], *[1] * (weight.ndim - 1))
             return {"gain": torch.ones(shape, dtype=weight.dtype.to_real(), device=weight.device)}
-        if hasattr(weight, "full_tensor"):  # sharded by fully_shard, which leaves buffers whole
-            weight = weight.full_tensor()
+        whole = getattr(weight, "full_tensor", None)  # of a weight that fully_shard shards, unlike buffers
+        weight = weight if whole is None else whole()
         scale, mean = scale_and_mean(weight.detach(), self.formula)
         return {"gain": scale, "shift": mean}
 
