@@ -38,14 +38,14 @@ class Rescaler(nn.Module):
 
     The first for a formula of `rescaling` ``"affine"``: gain and shift are buffers, the scale and the mean of the
     weight that was there at first, so that :math:`W'` is that weight. The second for ``"scaled"``: the gain is a
-    parameter, 1 at first, and trains if the raw weight does. Both have shape ``(out_channels, 1, ...)``. Gains and
-    shifts of float16 and bfloat16 weights are made in float32.
+    parameter, 1 at first, and trains if the raw weight does. All have shape ``(out_channels, 1, ...)``. The buffers
+    for float16 and bfloat16 weights are made in float32.
 
     Args:
         formula: Of the standardizer; has a `rescaling`.
         weight: The weight before it is standardized.
 
-    Source: mmcv's ``ConvAWS2d``; https://arxiv.org/abs/2101.08692, section 4.
+    Source: mmcv's ``ConvAWS2d``; https://arxiv.org/abs/2101.08692.
     """
 
     gain: Any
