@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gain_and_shift import gain_and_shift
 from torch import Tensor, nn
 
 from ws_algorithm import FORMULAS, apply_weight_standardization, standardize_once, standardize_weight
@@ -134,7 +135,8 @@ def assert_exact_now(model: Any) -> None:
     for layer in model.modules():
         if hasattr(layer, "parametrizations"):
             raw: Any = raw_weight(layer)
-            weight, expected = layer.weight, standardize_weight(raw, layer.parametrizations["weight"][0].formula)
+            formula = layer.parametrizations["weight"][0].formula
+            weight, expected = layer.weight, standardize_weight(raw, formula, **gain_and_shift(layer))
             assert torch.equal(weight, expected)
             if raw.requires_grad:
                 gradients_of_raw = [torch.autograd.grad(value.pow(3).sum(), raw)[0] for value in (weight, expected)]

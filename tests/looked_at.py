@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 from ws_algorithm.cautions import cautions_about
+from ws_algorithm.formula import FORMULAS
 from ws_algorithm.selection import Layers, Rules, Selection, select_convolutions
 
 
@@ -99,4 +100,4 @@ def is_sure(model: nn.Module, example_input: Any = None) -> bool:
 
 
 def warnings_about(model: nn.Module, n: int = 0, layers: Layers = "normalized", example_input: Any = None) -> str:
-    return "\n".join(cautions_about(look(model, example_input, n, layers)))
+    return "\n".join(cautions_about(look(model, example_input, n, layers), FORMULAS["composer"]))

@@ -10,6 +10,7 @@ from composer.core import Event, State
 from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger, Logger, LoggerDestination
 from composer.models import ComposerClassifier
+from gain_and_shift import gain_and_shift
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -130,7 +131,7 @@ def test_a_run_trains_the_raw_weights(formula):
     for conv, weight, start in zip(convolutions(trainer), raw, before, strict=True):
         assert raw_weight(conv) is weight
         assert not torch.equal(weight, start)
-        assert torch.equal(conv.weight, standardize_weight(weight, formula))
+        assert torch.equal(conv.weight, standardize_weight(weight, formula, **gain_and_shift(conv)))
     assert memory.hyperparameters["WeightStandardization/num_weights_standardized"] == 2
     assert trainer.state.timestamp.batch == 4
 

@@ -29,6 +29,7 @@ FLOORS = [
     [
         "batch_norms.py",
         "group_norm_rules.py",
+        "rescaling.py",
         "triton_kernels.py",
         "checkpoints/numpy_files.py",
         "checkpoints/sources.py",
@@ -50,7 +51,7 @@ FLOORS = [
     ["deferral.py", "checkpoints/conversion.py", "tracing/symbolic.py", "tracing/observation.py"],
     ["parametrization.py", "tracing/execution.py"],
     ["once.py", "selection.py"],
-    ["cautions.py", "folding.py", "inspection.py"],
+    ["cautions.py", "folding.py", "gains.py", "inspection.py"],
     ["functional.py", "state_dicts.py"],
     ["training_step.py"],
     ["algorithm.py"],

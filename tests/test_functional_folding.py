@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from composer.functional import apply_weight_standardization as composers_apply
+from gain_and_shift import gain_and_shift
 from small_models import conv
 from torch import nn
 
@@ -33,12 +34,12 @@ def test_folding_keeps_the_function_and_the_parameter(layer, formula):
     keys, classes = list(model.state_dict()), [type(m) for m in model]
     raw = model[0].weight.detach().clone()
     apply_weight_standardization(model, formula=formula)
-    expected = model(images)
+    expected, rescaling = model(images), gain_and_shift(model[0])
 
     assert fold_weight_standardization(model) == 2
 
     assert torch.equal(model(images), expected)
-    assert torch.equal(model[0].weight, standardize_weight(raw, formula))
+    assert torch.equal(model[0].weight, standardize_weight(raw, formula, **rescaling))
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert (list(model.state_dict()), [type(m) for m in model]) == (keys, classes)
     assert not is_weight_standardized(model)

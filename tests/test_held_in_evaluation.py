@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exact_twins import CONVOLUTIONS, KINDS, formulas, images, of_kind, tiny
+from gain_and_shift import gain_and_shift
 from held_weights import assert_right, modes
 from torch import nn
 from torch.testing import assert_close
@@ -31,7 +32,8 @@ def test_it_is_held(kind, formula, mode):
         third = conv.weight
 
     assert first.data_ptr() == second.data_ptr() == third.data_ptr()
-    assert_close(first.clone(), standardize_weight(raw_weight(conv), formula), rtol=1e-6, atol=1e-6)
+    expected = standardize_weight(raw_weight(conv), formula, **gain_and_shift(conv)).detach()
+    assert_close(first.clone(), expected, rtol=1e-6, atol=1e-6)
     assert not first.requires_grad
 
 

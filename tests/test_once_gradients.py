@@ -26,6 +26,7 @@ from exact_twins import (
     of_kind,
     tiny,
 )
+from gain_and_shift import gain_and_shift
 from torch import Tensor, nn
 
 from ws_algorithm import FORMULAS, apply_weight_standardization, standardize_once, standardize_weight
@@ -68,19 +69,21 @@ def test_against_the_formula_written_out(formula):
     rule = FORMULAS[formula]
     model, plain = tiny(formula), tiny(standardize=False)
 
-    def by_hand(weight: Tensor) -> Tensor:
-        rows = weight.flatten(1)
+    def by_hand(weight: Tensor, name: str) -> Tensor:
+        rows, parts = weight.flatten(1), gain_and_shift(model[int(name)])  # constants, but for the gains of "scaled"
+        gain = {None: 1, "affine": parts.get("gain"), "scaled": rows.shape[1] ** -0.5}[rule.rescaling]
+        shift = parts.get("shift", 0)
         rows = rows - rows.sum(1, keepdim=True) / rows.shape[1]
         var = rows.square().sum(1, keepdim=True) / (rows.shape[1] - (1 if rule.unbiased else 0))
         scale = (var + rule.eps).sqrt() if rule.eps_inside_root else var.sqrt() + rule.eps
-        return (rows / scale).view_as(weight)
+        return gain * (rows / scale).view_as(weight) + shift
 
     with standardize_once(model):
         for batch in images():
             loss_of(model, batch).backward()
     parameters = dict(plain.named_parameters())
     for batch in images():
-        weights = {f"{name}.weight": by_hand(parameters[f"{name}.weight"]) for name in "036"}
+        weights = {f"{name}.weight": by_hand(parameters[f"{name}.weight"], name) for name in "036"}
         torch.func.functional_call(plain, weights, batch).square().mean().backward()
 
     for name in "036":

@@ -183,7 +183,7 @@ def test_the_module_by_itself():
         ("paper", "WeightStandardizer(formula='paper')"),
         (
             Formula(eps=0.1, eps_inside_root=True, unbiased=False),
-            "WeightStandardizer(formula=Formula(eps=0.1, eps_inside_root=True, unbiased=False))",
+            "WeightStandardizer(formula=Formula(eps=0.1, eps_inside_root=True, unbiased=False, rescaling=None))",
         ),
     ],
 )

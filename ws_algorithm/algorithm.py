@@ -57,8 +57,10 @@ class WeightStandardization(Algorithm):
         include: Qualified names of layers in the Trainer's model, or ``fnmatch`` patterns; only convolutions that one
             of them matches are standardized. ``None`` for no such rule. Default: ``None``.
         exclude: The same; convolutions that one of them matches are left alone. Default: ``None``.
-        formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``) or a
-            :class:`~ws_algorithm.formula.Formula`. Default: ``"composer"``.
+        formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``, ``affine``,
+            ``scaled``) or a :class:`~ws_algorithm.formula.Formula`. The gain and shift of ``affine`` are taken from the
+            weights that the model has, and anew from plain ones that ``load_path`` brings; the gains of ``scaled`` are
+            added to the optimizer, in the parameter group of their weight. Default: ``"composer"``.
         once_per_step: Whether to standardize once per optimizer step, however many micro-batches it has, and to project
             the gradients once, before any algorithm reads them; see :func:`~ws_algorithm.once.standardize_once`. Where
             that would not be exact, autograd does it, and one log line says why. Default: ``True``.
@@ -127,7 +129,7 @@ class WeightStandardization(Algorithm):
             _check_still_standardized(self._standardized, state.model)
             return
         selection = _select_on_all_ranks(state.model, self.rules, self._resolved_formula)
-        count = standardize_selection(selection, self._resolved_formula)
+        count = standardize_selection(selection, self._resolved_formula, state.optimizers)
         self._standardized = {str(c): c.module for c in selection.choices if standardizers_of(c.module)}
         logger.log_hyperparameters({"WeightStandardization/num_weights_standardized": count})
         _copy_model_again(state, logger)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
+
+from ws_algorithm.formula import Formula
 from ws_algorithm.layers import raw_weight, standardizers_of
 from ws_algorithm.selection import ConvolutionChoice, Selection
 
@@ -21,10 +25,11 @@ def summary_of(selection: Selection) -> str:
     )
 
 
-def cautions_about(selection: Selection) -> Iterator[str]:
+def cautions_about(selection: Selection, formula: Formula) -> Iterator[str]:
     """Sentences, each of which names layers and a remedy; none if all is well."""
     yield from _order_in_doubt(selection)
-    yield from _followed_by_no_norm(selection)
+    if formula.rescaling is None:  # gain and shift keep the outputs as large as they should be
+        yield from _followed_by_no_norm(selection)
     yield from _undecided(selection)
     yield from _shared_weights(selection)
     yield from _unused(selection)
@@ -33,11 +38,30 @@ def cautions_about(selection: Selection) -> Iterator[str]:
             f"{_listed(small)}: with a fan-in of 2 every standardized weight is 1 or -1, and learning stops. Leave "
             "such convolutions alone with `exclude`."
         )
+    if formula.rescaling != "affine":
+        yield from _trained_before(selection)
+
+
+def _trained_before(selection: Selection) -> Iterator[str]:
+    """What gives away that weights were not made for this training: norms that have counted, parameters that stay."""
     if frozen := [choice for choice in selection.accepted if not raw_weight(choice.module).requires_grad]:
         yield (
             f"{_listed(frozen)}: standardized although frozen (requires_grad=False). That is right for weights trained "
-            "with Weight Standardization; others compute something else now. Leave those alone with `exclude`."
+            "with Weight Standardization; others compute something else now. Leave those alone with `exclude`, or keep "
+            "their function with formula='affine'."
         )
+    batches = max(map(_batches_counted, selection.module.modules()), default=0)
+    if batches > 0 and selection.accepted:
+        yield (
+            f"{type(selection.module).__name__} has been trained: its batch norms have counted {batches} batches. If "
+            "that was without Weight Standardization, it computes something else from now on, and what it had learned "
+            "is lost: keep its function with formula='affine'. If it was with it, all is well."
+        )
+
+
+def _batches_counted(layer: Any) -> int:
+    count = getattr(layer, "num_batches_tracked", None)
+    return int(count) if isinstance(count, torch.Tensor) and not count.is_meta else 0
 
 
 def _order_in_doubt(selection: Selection) -> Iterator[str]:

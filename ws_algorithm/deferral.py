@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ws_algorithm.formula import Formula, standardize_weight
+from ws_algorithm.formula import Formula, standardize
 from ws_algorithm.holding import HeldWeight, dtype_in_convolution, hold_all
 from ws_algorithm.multi_tensor import project_all
 
@@ -256,7 +256,7 @@ def _differentiable_gradient(raw: nn.Parameter, held: HeldWeight, gradient: Tens
             "A weight that is standardized once was changed between a forward and its backward with create_graph=True; "
             "run the backward first."
         )
-    standardized = standardize_weight(raw, held.formula)
+    standardized = standardize(raw, held.formula)
     return torch.autograd.grad(standardized, raw, gradient.to(raw.dtype), create_graph=True)[0]
 
 

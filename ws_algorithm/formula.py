@@ -5,8 +5,8 @@ Every convolution weight ``W`` is seen as rows, one row of ``n`` weights (the fa
 .. math:: \\hat{W}_{o} = \\frac{W_{o} - \\mu_{o}}{s_{o}}
 
 What the published systems disagree on is the scale ``s``: whether the variance divides by ``n`` or by ``n - 1``,
-how large ``eps`` is, and whether it is added to the variance or to the standard deviation. Each variant is one
-:class:`Formula`.
+how large ``eps`` is, and whether it is added to the variance or to the standard deviation. Two of them multiply the
+standardized rows by a gain again. Each variant is one :class:`Formula`.
 
 Source: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.1.
 """
@@ -14,16 +14,18 @@ Source: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Rescaling = Literal["affine", "scaled"]
+
 
 @dataclass(frozen=True)
 class Formula:
-    """One published way to compute the scale ``s`` of a row.
+    """One published way to compute the scale ``s`` of a row, and what the standardized row is multiplied by again.
 
     ``s = sqrt(var + eps)`` when ``eps_inside_root``, else ``s = sqrt(var) + eps``.
 
@@ -31,20 +33,26 @@ class Formula:
         eps: Added to the variance or to the standard deviation. Must be positive.
         eps_inside_root: Whether ``eps`` is added to the variance (under the root) or to its root.
         unbiased: Whether the variance divides by ``n - 1`` (Bessel's correction) instead of ``n``.
+        rescaling: ``"affine"`` to compute with ``gain * standardized + shift``, where gain and shift are the ``s`` and
+            the mean that the row had at first, and do not learn; ``"scaled"`` to compute with
+            ``gain * n**-0.5 * standardized``, where the gain is 1 at first, and learns. Default: ``None``, for neither.
 
     Raises:
-        ValueError: If `eps` is not a positive number.
+        ValueError: If `eps` is not a positive number, or `rescaling` is none of these.
     """
 
     eps: float
     eps_inside_root: bool
     unbiased: bool
+    rescaling: Rescaling | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps < float("inf"):
             raise ValueError(
                 f"`eps` (={self.eps!r}) must be positive and finite: with 0, a constant filter would divide by zero."
             )
+        if self.rescaling is not None and self.rescaling not in get_args(Rescaling):
+            raise ValueError(f"`rescaling` (={self.rescaling!r}) must be 'affine', 'scaled' or None.")
 
 
 FORMULAS: dict[str, Formula] = {
@@ -58,6 +66,10 @@ FORMULAS: dict[str, Formula] = {
     "timm": Formula(eps=1e-6, eps_inside_root=True, unbiased=False),
     # google-research/big_transfer, StdConv2d
     "bit": Formula(eps=1e-10, eps_inside_root=True, unbiased=False),
+    # open-mmlab/mmcv, ConvAWS2d
+    "affine": Formula(eps=1e-5, eps_inside_root=True, unbiased=True, rescaling="affine"),
+    # Brock et al. 2021, https://arxiv.org/abs/2101.08692; huggingface/pytorch-image-models, ScaledStdConv2d
+    "scaled": Formula(eps=1e-6, eps_inside_root=True, unbiased=False, rescaling="scaled"),
 }
 
 
@@ -78,6 +90,18 @@ def resolve_formula(formula: str | Formula) -> Formula:
     raise ValueError(f"`formula` (={formula!r}) must be one of {', '.join(FORMULAS)}, or a `Formula`.")
 
 
+def _check_rescaling(weight: Tensor, formula: Formula, gain: Tensor | None, shift: Tensor | None) -> None:
+    shape = (weight.shape[0], *[1] * (weight.ndim - 1))
+    for name, part, takers in (("gain", gain, ("affine", "scaled")), ("shift", shift, ("affine",))):
+        if part is None:
+            continue
+        if formula.rescaling not in takers:
+            raise ValueError(f"`{name}` was given, but {formula!r} has none; those with `rescaling` of {takers} have.")
+        if not isinstance(part, Tensor) or tuple(part.shape) != shape:
+            got = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else repr(part)
+            raise ValueError(f"`{name}` must be a tensor of shape {shape}, one number for each channel; got {got}.")
+
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -94,12 +118,20 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError(f"`weight` must be floating-point, got {weight.dtype}. Standardize before quantizing.")
 
 
-def standardize_weight(weight: Tensor, formula: str | Formula = "composer") -> Tensor:
+def standardize_weight(
+    weight: Tensor,
+    formula: str | Formula = "composer",
+    *,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
     r"""Give every output channel of a convolution weight zero mean and unit variance.
 
     .. math:: \hat{W}_{o} = (W_{o} - \mu_{o}) / s_{o}
 
-    with the mean :math:`\mu` and the scale :math:`s` of :class:`Formula` over all dimensions but the first.
+    with the mean :math:`\mu` and the scale :math:`s` of :class:`Formula` over all dimensions but the first. The formula
+    ``affine`` goes on to :math:`\mathrm{gain}_o \hat{W}_o + \mathrm{shift}_o`, and ``scaled`` to
+    :math:`\mathrm{gain}_o \, n^{-1/2} \hat{W}_o`, with a gain of 1 and a shift of 0 unless they are given.
     Differentiable to second order. Statistics are computed in float32 for float16 and bfloat16 weights (an ``eps`` of
     1e-10 is 0 in float16) and in the weight's own precision otherwise. A row of one weight, or of equal weights,
     becomes 0.
@@ -107,13 +139,16 @@ def standardize_weight(weight: Tensor, formula: str | Formula = "composer") -> T
     Args:
         weight: Shape ``(out_channels, in_channels / groups, *kernel_size)``; any number of dimensions from 2 on.
         formula: A name in ``FORMULAS`` or a :class:`Formula`. Default: ``"composer"``.
+        gain: Of ``affine`` and ``scaled``: one factor for each output channel, as ``conv.parametrizations.weight[1]``
+            has it; shape ``(out_channels, 1, ...)`` of as many dimensions as `weight`. Default: ``None``, for 1.
+        shift: Of ``affine``: one summand for each output channel, in the same shape. Default: ``None``, for 0.
 
     Returns:
         The standardized weight: same shape and dtype; contiguous and ``channels_last`` layouts are kept.
 
     Raises:
-        ValueError: If `weight` is no tensor, has fewer than two dimensions or an integer or 8-bit dtype, or `formula`
-            is not known.
+        ValueError: If `weight` is no tensor, has fewer than two dimensions or an integer or 8-bit dtype, `formula` is
+            not known, or `gain` or `shift` has another shape or is none of the formula's.
 
     Source: https://arxiv.org/abs/1903.10520, equations 7 and 8.
 
@@ -124,11 +159,41 @@ def standardize_weight(weight: Tensor, formula: str | Formula = "composer") -> T
     """
     formula = resolve_formula(formula)
     check_weight(weight)
+    _check_rescaling(weight, formula, gain, shift)
+    return rescale(standardize(weight, formula), formula, gain, shift)
+
+
+def standardize(weight: Tensor, formula: Formula) -> Tensor:
+    """The standardized `weight`, before gain and shift."""
     if _is_one_kernel(weight, formula):
         return F.layer_norm(weight, weight.shape[1:], eps=formula.eps)
     order = _dims_in_memory_order(weight)
     rows = _rows_of(weight, order)
     return _shaped_like(weight, order, _standardize_rows(_precise(rows), formula).to(rows.dtype))
+
+
+def rescale(standardized: Tensor, formula: Formula, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    """A standardized weight with gain and shift, in its own dtype: computed in the highest precision of the three."""
+    if formula.rescaling is None:
+        return standardized
+    if formula.rescaling == "scaled":
+        factor = max(standardized.shape[1:].numel(), 1) ** -0.5
+        return (standardized * (factor if gain is None else gain * factor)).to(standardized.dtype)
+    rescaled = standardized if gain is None else standardized * gain
+    return (rescaled if shift is None else rescaled + shift).to(standardized.dtype)
+
+
+def scale_and_mean(weight: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
+    """The scale ``s`` and the mean of each row, in float32 or the weight's own higher precision.
+
+    Shape ``(out_channels, 1, ...)`` of as many dimensions as `weight`.
+    """
+    rows = _precise(_rows_of(weight, _dims_in_memory_order(weight)))
+    shape = (weight.shape[0], *[1] * (weight.ndim - 1))
+    if rows.numel() == 0:
+        return rows.new_ones(shape), rows.new_zeros(shape)
+    mean, scale = _statistics_of(rows, formula)
+    return scale.view(shape), mean.view(shape)
 
 
 class Standardized(NamedTuple):
@@ -149,15 +214,15 @@ class Standardized(NamedTuple):
 def standardize_with_statistics(weight: Tensor, formula: Formula, dtype: torch.dtype) -> Standardized:
     """The standardized `weight` in `dtype`, with its statistics and without a graph.
 
-    The weight equals :func:`standardize_weight` rounded to `dtype`.
+    The weight equals :func:`standardize` rounded to `dtype`.
     """
     order = _dims_in_memory_order(weight)
     rows = _precise(_rows_of(weight, order))
     if _is_layer_norm(formula) and rows.numel() > 0 and not rows.is_complex():
         standardized, mean, reciprocal_scale = torch.native_layer_norm(rows, rows.shape[1:], None, None, formula.eps)
     else:
-        mean, reciprocal_scale = _statistics_of(rows, formula)
-        standardized = _standardize_rows(rows, formula)
+        mean, scale = _statistics_of(rows, formula)
+        standardized, reciprocal_scale = _standardize_rows(rows, formula), 1 / scale
     # by way of the weight's own dtype, as autocast would round it
     standardized = _shaped_like(weight, order, standardized).to(weight.dtype).to(dtype)
     return Standardized(standardized, mean.flatten(), reciprocal_scale.flatten())
@@ -258,8 +323,8 @@ def _standardize_rows(rows: Tensor, formula: Formula) -> Tensor:
 
 
 def _statistics_of(rows: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
-    """The mean and ``1 / s`` of each row, shape ``(O, 1)``."""
+    """The mean and the scale ``s`` of each row, shape ``(O, 1)``."""
     correction = 1 if formula.unbiased and rows.shape[1] > 1 else 0
     var, mean = torch.var_mean(rows, dim=1, keepdim=True, correction=correction)
     scale = torch.sqrt(var + formula.eps) if formula.eps_inside_root else torch.sqrt(var) + formula.eps
-    return mean, 1 / scale
+    return mean, scale

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from ws_algorithm.cautions import cautions_about, summary_of
 from ws_algorithm.folding import fold_weight_standardization as fold_weight_standardization
 from ws_algorithm.folding import removable_layers, standardized_layers
 from ws_algorithm.formula import Formula, resolve_formula
+from ws_algorithm.gains import check_wrappers, hand_over_gains
+from ws_algorithm.group_norm import Optimizers, checked_optimizers
 from ws_algorithm.parametrization import register_weight_standardizer, unregister_weight_standardizer
 from ws_algorithm.patterns import Patterns
 from ws_algorithm.selection import Layers, Predicate, Rules, Selection, select_convolutions
@@ -28,6 +32,7 @@ def apply_weight_standardization(
     predicate: Predicate | None = None,
     example_input: Any = None,
     formula: str | Formula = "composer",
+    optimizers: Optimizers | None = None,
 ) -> int:
     r"""Standardize the weights of the convolutions of a model, now and in every later forward.
 
@@ -56,17 +61,21 @@ def apply_weight_standardization(
             for which it is false are left alone. Default: ``None``.
         example_input: What to run and observe a copy of the model with, where its forward cannot be traced or depends
             on optional arguments: a tuple of positional arguments, or the only argument. Default: ``None``.
-        formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``) or a
-            :class:`~ws_algorithm.formula.Formula`. A published checkpoint needs the formula that it was trained with.
-            Default: ``"composer"``.
+        formula: A name in ``FORMULAS`` (``composer``, ``paper``, ``tensorflow``, ``timm``, ``bit``, ``affine``,
+            ``scaled``) or a :class:`~ws_algorithm.formula.Formula`. A published checkpoint needs the formula that it
+            was trained with; a network that was trained without Weight Standardization keeps its function with
+            ``affine``. Default: ``"composer"``.
+        optimizers: Optimizers of the model, to which the gains that learn (those of ``scaled``) are added, each in the
+            parameter group of its weight; ``[]`` if they will be built later. Default: ``None``.
 
     Returns:
         The number of convolutions that this call standardized.
 
     Raises:
-        ValueError: If an argument is not of the kind described, a pattern matches no convolution, or a convolution that
+        ValueError: If an argument is not of the kind described, a pattern matches no convolution, a convolution that
             is to be standardized is lazy, pruned, of whole numbers, prepared for quantization-aware training, or under
-            ``weight_norm``, ``spectral_norm`` or ``orthogonal``. Nothing has been changed then.
+            ``weight_norm``, ``spectral_norm`` or ``orthogonal``, or `module` is wrapped in FSDP or
+            ``DistributedDataParallel`` and the gains of `formula` are new to it. Nothing has been changed then.
 
     Source: https://arxiv.org/abs/1903.10520.
 
@@ -79,10 +88,11 @@ def apply_weight_standardization(
         (True, False)
     """
     formula = resolve_formula(formula)
+    held_by = None if optimizers is None else checked_optimizers(optimizers)
     rules = Rules(n_last_layers_ignore, layers, include, exclude, predicate)
     selection = select_convolutions(module, rules, example_input)
     check_selection(selection)
-    return standardize_selection(selection, formula)
+    return standardize_selection(selection, formula, held_by)
 
 
 def check_selection(selection: Selection) -> None:
@@ -96,8 +106,9 @@ def check_selection(selection: Selection) -> None:
         )
 
 
-def standardize_selection(selection: Selection, formula: Formula) -> int:
-    """Standardize what was chosen and return its number."""
+def standardize_selection(selection: Selection, formula: Formula, optimizers: Sequence[Optimizer] | None) -> int:
+    """Standardize what was chosen, give gains that learn to the optimizers, and return the number of convolutions."""
+    check_wrappers(selection, formula)
     chosen = selection.chosen
     done: list[nn.Module] = []
     try:
@@ -109,8 +120,9 @@ def standardize_selection(selection: Selection, formula: Formula) -> int:
             unregister_weight_standardizer(conv)
         raise
     log.log(logging.INFO if is_weight_standardized(selection.module) else logging.WARNING, summary_of(selection))
-    for caution in cautions_about(selection):
+    for caution in cautions_about(selection, formula):
         log.warning(caution)
+    hand_over_gains(chosen, optimizers)
     return len(chosen)
 
 
@@ -132,7 +144,8 @@ def remove_weight_standardization(module: nn.Module) -> int:
     """Take the standardization off a model and keep its raw weights, in place.
 
     The function of the model changes (its weights are no longer standardized); its keys, classes and ``Parameter``
-    objects are those it had before :func:`apply_weight_standardization`. To keep the function, use
+    objects are those it had before :func:`apply_weight_standardization`. Gains and shifts of ``affine`` and ``scaled``
+    are dropped. To keep the function, use
     :func:`~ws_algorithm.folding.fold_weight_standardization`.
 
     Returns:

@@ -93,7 +93,7 @@ def apply_group_normalization(
 def replace_batch_norms(module: nn.Module, rules: GroupNormRules, optimizers: Optimizers | None = None) -> int:
     """Do what :func:`apply_group_normalization` says, by rules that have been checked."""
     _check_module(module)
-    held_by = _checked_optimizers(optimizers)
+    held_by = checked_optimizers(optimizers)
     found = find_batch_norms(module, rules.include, rules.exclude)
     chosen = [norm for norm in found if norm.reason is None]
     _check_not_lazy(chosen)
@@ -134,7 +134,8 @@ def _check_module(module: Any) -> None:
         )
 
 
-def _checked_optimizers(optimizers: Any) -> list[Optimizer]:
+def checked_optimizers(optimizers: Any) -> list[Optimizer]:
+    """`optimizers` as a list; raises ``ValueError`` for what is none."""
     if optimizers is None:
         return []
     several = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]

@@ -7,6 +7,9 @@ In plain words, after :func:`register_weight_standardizer` ``conv``:
   under the name ``conv.parametrizations.weight.original``;
 - assigning to ``conv.weight``, ``conv.reset_parameters()`` and loading a plain ``conv.weight`` key set the raw weight;
 - :func:`unregister_weight_standardizer` restores class, parameter and keys as they were.
+
+A formula with gain and shift has them in a second parametrization behind the first. With ``affine`` they follow what
+sets the raw weight as above, so that the convolution computes with the very weight that was set.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ws_algorithm.deferral import Memory
-from ws_algorithm.formula import FORMULAS, Formula, resolve_formula, standardize_weight
+from ws_algorithm.formula import FORMULAS, Formula, check_weight, resolve_formula, standardize
 from ws_algorithm.holding import dtype_in_convolution, hold_all, is_watched, may_be_held
 from ws_algorithm.layers import is_standardizer, raw_weight, standardizers_of
+from ws_algorithm.rescaling import Rescaler
 
 
 class WeightStandardizer(nn.Module):
@@ -31,7 +35,9 @@ class WeightStandardizer(nn.Module):
     .. math:: \hat{W}_{o} = (W_{o} - \mu_{o}) / s_{o}
 
     Args:
-        formula: A name in ``FORMULAS`` or a :class:`~ws_algorithm.formula.Formula`. Default: ``"composer"``.
+        formula: A name in ``FORMULAS`` or a :class:`~ws_algorithm.formula.Formula`. The gain and shift of ``affine``
+            and ``scaled`` are not part of it; :func:`apply_weight_standardization` puts them behind. Default:
+            ``"composer"``.
 
     Raises:
         ValueError: If `formula` is not known.
@@ -58,7 +64,10 @@ class WeightStandardizer(nn.Module):
         `weight` changes, in the dtype of autocast where that is on.
         """
         held = None if torch.compiler.is_compiling() else self.recall(weight)
-        return standardize_weight(weight, self.formula) if held is None else held
+        if held is not None:
+            return held
+        check_weight(weight)
+        return standardize(weight, self.formula)
 
     def recall(self, weight: Tensor) -> Tensor | None:
         """The standardized weight if it may be held, or ``None`` if autograd is to compute it."""
@@ -110,10 +119,14 @@ class WeightStandardizer(nn.Module):
 
 def register_weight_standardizer(conv: nn.Module, formula: str | Formula = "composer") -> None:
     """Standardize the weight of one convolution from now on."""
+    formula = resolve_formula(formula)
+    layer: Any = conv
+    rescaler = [] if formula.rescaling is None else [Rescaler(formula, layer.weight)]
     if parametrize.is_parametrized(conv):
         _give_own_class(conv, without=())
     parametrize.register_parametrization(conv, "weight", WeightStandardizer(formula))
     parametrizations: Any = conv.parametrizations
+    parametrizations["weight"].extend(rescaler)
     parametrizations.train(conv.training)  # parts start in training mode, whatever that of the whole
     injected: Any = type(conv)
     injected.weight = _short_way(vars(injected)["weight"])
@@ -129,14 +142,19 @@ def _short_way(parametrized: property) -> property:
     def weight(self: Any) -> Tensor:
         if not torch.compiler.is_compiling():
             chain = self._modules["parametrizations"]._modules["weight"]
-            first = chain._modules["0"]
-            if len(chain._modules) == 1 and type(first) is WeightStandardizer:
+            links = chain._modules
+            first = links["0"]
+            if type(first) is WeightStandardizer and (len(links) == 1 or _is_rescaled(links)):
                 held = first.recall(chain._parameters["original"])
                 if held is not None:
-                    return held
+                    return held if len(links) == 1 else links["1"].of_held(held)
         return compute(self)
 
     return property(weight, parametrized.fset)
+
+
+def _is_rescaled(links: dict[str, Any]) -> bool:
+    return len(links) == 2 and type(links["1"]) is Rescaler
 
 
 def unregister_weight_standardizer(conv: nn.Module) -> nn.Parameter:
@@ -168,7 +186,7 @@ def _give_own_class(conv: nn.Module, without: Collection[str]) -> None:
 
 def check_removable(conv: nn.Module) -> None:
     """Raise ``ValueError`` where :func:`unregister_weight_standardizer` would."""
-    others = [type(p).__name__ for p in _chain(conv) if not is_standardizer(p)]
+    others = [type(p).__name__ for p in _chain(conv) if not _is_own(p)]
     if others:
         raise ValueError(
             f"`module` has a convolution whose weight carries other parametrizations beside the standardization: "
@@ -183,8 +201,11 @@ def check_removable(conv: nn.Module) -> None:
 
 def _holds_raw_weight(conv: nn.Module) -> bool:
     """Whether ``weight`` is the standardized raw weight, with no other parametrization in between."""
-    standardizers = standardizers_of(conv)
-    return bool(standardizers) and len(standardizers) == len(_chain(conv))
+    return bool(standardizers_of(conv)) and all(map(_is_own, _chain(conv)))
+
+
+def _is_own(parametrization: nn.Module) -> bool:
+    return is_standardizer(parametrization) or isinstance(parametrization, Rescaler)
 
 
 def _chain(conv: nn.Module) -> Any:
@@ -205,6 +226,13 @@ def _assign_raw_weight(conv: nn.Module, value: Any) -> None:
     else:
         with torch.no_grad():
             raw.copy_(value)
+    for rescaler in _rescalers(conv).values():
+        rescaler.follow(raw_weight(conv))
+
+
+def _rescalers(conv: nn.Module) -> dict[int, Rescaler]:
+    """By their place in the chain."""
+    return {place: link for place, link in enumerate(_chain(conv)) if isinstance(link, Rescaler)}
 
 
 def _refuse_functional_call() -> None:
@@ -244,11 +272,16 @@ def _raw_weight_methods(base: Any) -> dict[str, Callable[..., Any]]:
             base.reset_parameters(self)
         finally:
             self.__class__ = standardized_class
+        for rescaler in _rescalers(self).values():
+            rescaler.begin_anew(raw_weight(self))
 
     def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         plain, raw = f"{prefix}weight", f"{prefix}parametrizations.weight.original"
         if plain in state_dict and raw not in state_dict and _holds_raw_weight(self):
-            state_dict[raw] = state_dict.pop(plain)
+            state_dict[raw] = weight = state_dict.pop(plain)
+            for place, rescaler in _rescalers(self).items():
+                own = f"{prefix}parametrizations.weight.{place}."
+                rescaler.complete(state_dict, prefix, own, weight, raw_weight(self).shape)
         base._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
     methods = (__setattr__, reset_parameters, _load_from_state_dict)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ws_algorithm.algorithm import WeightStandardization
 from ws_algorithm.cautions import cautions_about
+from ws_algorithm.formula import Formula, resolve_formula
 from ws_algorithm.inspection import ConvolutionRecord, records_of
 from ws_algorithm.recipes import build, registry
 from ws_algorithm.recipes.named_models import build_named_model, names_a_model
@@ -41,33 +42,34 @@ def inspect(source: str, overrides: Sequence[str] = (), *, as_json: bool = False
         RecipeError: If the recipe has mistakes, there is no such model, or the rules do not fit it.
     """
     try:
-        model, settings, notes = _model_and_rules(source, overrides)
+        model, settings, formula, notes = _model_and_rules(source, overrides)
         selection = select_convolutions(model, Rules(**settings | rules))
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(source, [str(error)]) from error
     records = records_of(selection)
-    notes = [*notes, *_orders(selection), *cautions_about(selection)]
+    notes = [*notes, *_orders(selection), *cautions_about(selection, formula)]
     print(_json(source, selection, records, notes) if as_json else _table(source, selection, records, notes))
 
 
-def _model_and_rules(source: str, overrides: Sequence[str]) -> tuple[nn.Module, dict[str, Any], list[str]]:
+def _model_and_rules(source: str, overrides: Sequence[str]) -> tuple[nn.Module, dict[str, Any], Formula, list[str]]:
     if names_a_model(source):
         if overrides:
             raise ValueError(f"{' '.join(overrides)!r} would change a recipe, and {source} is none.")
-        return build_named_model(source), {}, []
+        return build_named_model(source), {}, resolve_formula("composer"), []
     recipe = resolve_recipe(source, overrides)
     with torch.device("meta"):
         model = build.build_model(recipe)
     algorithms = build.build_algorithms(recipe)
-    own = [algorithm.rules for algorithm in algorithms if isinstance(algorithm, WeightStandardization)]
+    own = [algorithm for algorithm in algorithms if isinstance(algorithm, WeightStandardization)]
     notes = [] if own else ["The recipe has no WeightStandardization; this is what its defaults would do."]
     others = [name for name in recipe.algorithms or {} if name in registry.SURGERY]
     if others:
         notes.append(f"This is the model as it is built, before {', '.join(others)} of the recipe.")
-    settings = own[0] if own else Rules()
-    return model, {name: getattr(settings, name) for name in RULES}, notes
+    settings = own[0].rules if own else Rules()
+    formula = resolve_formula(own[0].formula if own else "composer")
+    return model, {name: getattr(settings, name) for name in RULES}, formula, notes
 
 
 def _orders(selection: Selection) -> list[str]:

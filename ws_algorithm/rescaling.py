@@ -1,0 +1,150 @@
+"""Gain and shift behind the standardization of a weight, for the formulas that have them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ws_algorithm.formula import Formula, rescale, scale_and_mean
+
+# The names that a plain state dict may have for gain and shift, beside the weight of the convolution
+_PLAIN_NAMES = {
+    "affine": {"gain": "weight_gamma", "shift": "weight_beta"},  # mmcv, ConvAWS2d
+    "scaled": {"gain": "gain"},  # timm, ScaledStdConv2d
+}
+
+
+class _Memory:
+    """The last value of a rescaler and what it was computed from. Copies and files of a model remember nothing."""
+
+    def __init__(self) -> None:
+        self.last: tuple[tuple[Any, ...], tuple[Any, ...], Tensor, int] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
+        return _Memory()
+
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        return _Memory, ()
+
+
+class Rescaler(nn.Module):
+    r"""The parametrization ``standardized weight -> weight`` that stands behind a standardizer.
+
+    .. math:: W'_{o} = \mathrm{gain}_o \hat{W}_{o} + \mathrm{shift}_o \quad\text{or}\quad
+        W'_{o} = \mathrm{gain}_o \, n^{-1/2} \, \hat{W}_{o}
+
+    The first for a formula of `rescaling` ``"affine"``: gain and shift are buffers, the scale and the mean of the
+    weight that was there at first, so that :math:`W'` is that weight. The second for ``"scaled"``: the gain is a
+    parameter, 1 at first, and trains if the raw weight does. All have shape ``(out_channels, 1, ...)``. The buffers
+    for float16 and bfloat16 weights are made in float32.
+
+    Args:
+        formula: Of the standardizer; has a `rescaling`.
+        weight: The weight before it is standardized.
+
+    Source: mmcv's ``ConvAWS2d``; https://arxiv.org/abs/2101.08692.
+    """
+
+    gain: Any
+    shift: Any
+
+    def __init__(self, formula: Formula, weight: Tensor) -> None:
+        super().__init__()
+        assert formula.rescaling is not None
+        self.formula = formula
+        self.memory = _Memory()
+        values = self.values_for(weight)
+        if formula.rescaling == "scaled":
+            self.gain = nn.Parameter(values["gain"], requires_grad=weight.requires_grad)
+        else:
+            self.register_buffer("gain", values["gain"])
+        self.register_buffer("shift", values.get("shift"))
+
+    def forward(self, standardized: Tensor) -> Tensor:
+        """Return the weight that the convolution computes with; same shape and dtype."""
+        return rescale(standardized, self.formula, self.gain, self.shift)
+
+    def of_held(self, standardized: Tensor) -> Tensor:
+        """:meth:`forward` for a standardized weight that is held; without gradients, the value is held as well."""
+        sources = (standardized, self.gain, *(() if self.shift is None else (self.shift,)))
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            self.memory.last = None
+            return self.forward(standardized)
+        if any(source.is_inference() for source in sources):
+            return self.forward(standardized)
+        state = tuple((source._version, source.data_ptr()) for source in sources)
+        last = self.memory.last
+        if last is not None and all(map(operator.is_, last[0], sources)) and last[1] == state:
+            if last[2]._version == last[3] and not last[2].requires_grad:
+                return last[2]
+        with torch.inference_mode(False), torch.no_grad():
+            rescaled = self.forward(standardized)
+        self.memory.last = (sources, state, rescaled, rescaled._version)
+        return rescaled
+
+    def train(self, mode: bool = True) -> Rescaler:
+        """Set the mode; what is held is computed again, as by the standardizer."""
+        self.memory.last = None
+        return super().train(mode)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return `weight`: what is assigned is the raw weight."""
+        return weight
+
+    @torch.no_grad()
+    def values_for(self, weight: Tensor) -> dict[str, Tensor]:
+        """Gain, and shift if there is one, for a raw `weight` that has just been set."""
+        if self.formula.rescaling == "scaled":
+            shape = (weight.shape[0], *[1] * (weight.ndim - 1))
+            return {"gain": torch.ones(shape, dtype=weight.dtype.to_real(), device=weight.device)}
+        whole = getattr(weight, "full_tensor", None)  # of a weight that fully_shard shards, unlike buffers
+        weight = weight if whole is None else whole()
+        scale, mean = scale_and_mean(weight.detach(), self.formula)
+        return {"gain": scale, "shift": mean}
+
+    def follow(self, weight: Tensor) -> None:
+        """Take account of a raw `weight` that was assigned: gains that learn stay what they have become."""
+        if self.formula.rescaling == "affine" or self.gain.is_meta:
+            self.begin_anew(weight)
+
+    @torch.no_grad()
+    def begin_anew(self, weight: Tensor) -> None:
+        """Set gain and shift for a raw `weight` that has just been initialised."""
+        for name, value in self.values_for(weight).items():
+            part = getattr(self, name)
+            if part.is_meta:
+                is_parameter = isinstance(part, nn.Parameter)
+                setattr(self, name, nn.Parameter(value, part.requires_grad) if is_parameter else value)
+            elif self.formula.rescaling == "scaled":
+                part.fill_(1)
+            else:
+                part.copy_(value)
+
+    def complete(self, state_dict: dict[str, Any], layer: str, own: str, weight: Any, shape: torch.Size) -> None:
+        """Give a state dict that has a plain weight the keys of gain and shift.
+
+        Their values are those that mmcv or timm saved, or those for `weight` if there are none.
+
+        Args:
+            state_dict: Edited in place.
+            layer: The prefix of the convolution.
+            own: The prefix of this module.
+            weight: That arrives.
+            shape: That `weight` must have.
+        """
+        assert self.formula.rescaling is not None
+        names = _PLAIN_NAMES[self.formula.rescaling]
+        if any(f"{own}{name}" in state_dict for name in names):
+            return
+        saved = {name: plain for name, plain in names.items() if f"{layer}{plain}" in state_dict}
+        for name, plain in saved.items():
+            state_dict[f"{own}{name}"] = state_dict.pop(f"{layer}{plain}")
+        if not saved and isinstance(weight, Tensor) and weight.shape == shape:
+            for name, value in self.values_for(weight).items():
+                state_dict[f"{own}{name}"] = value
+
+    def extra_repr(self) -> str:
+        return f"rescaling={self.formula.rescaling!r}"
