@@ -13,9 +13,10 @@ import yaml
 from composer.models import ComposerClassifier
 from torch import nn
 
-from ws_algorithm.__main__ import main
+from ws_algorithm.__main__ import _parse, main
 
 ROOT = Path(__file__).parents[1]
+VERBS = "train|evaluate|predict|inspect|export|convert|plot|benchmark|recipes"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "yamls").rglob("*.yaml"))
 
@@ -37,7 +38,8 @@ def what_readers_have() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_blocks_run_in_order(page: Path) -> None:
+def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     namespace = what_readers_have()
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), namespace)
@@ -54,7 +56,7 @@ def commands() -> list[str]:
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
     lines += [line.lstrip("# ") for recipe in RECIPES for line in recipe.read_text(encoding="utf-8").splitlines()]
     found = [
-        re.search(r"(?:ws-algorithm|-m ws_algorithm) ((?:train|evaluate|inspect|recipes)\b[^#]*)", line)
+        re.search(rf"(?:ws-algorithm|-m ws_algorithm) ((?:{VERBS})\b[^#]*)", line)
         for line in lines
     ]
     return sorted({match[1].strip() for match in found if match})
@@ -62,6 +64,11 @@ def commands() -> list[str]:
 
 def test_there_are_commands_to_check() -> None:
     assert {"recipes", "train quickstart", "train quickstart algorithms=null"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_documented_commands_are_accepted(command: str) -> None:
+    assert callable(_parse(shlex.split(command)).run)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("train")])
