@@ -86,6 +86,7 @@ FLOORS = [
         "recipes/data/*.py",
         "recipes/best_checkpoint.py",
         "recipes/catalogue.py",
+        "recipes/closing.py",
         "recipes/given_images.py",
         "recipes/linear_warmup_multi_step.py",
         "recipes/named_models.py",

@@ -47,7 +47,9 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_the_readme_shows_three_ways_and_its_pages_have_code() -> None:
     readme, method = ROOT / "README.md", ROOT / "docs" / "method.md"
-    assert len(blocks(readme, "python")) == 3 and len(blocks(readme, "bash")) == 5  # Trainer, loop; set-ups, recipe, weights
+    assert (
+        len(blocks(readme, "python")) == 3 and len(blocks(readme, "bash")) == 5
+    )
     assert len(blocks(method, "python")) == 6
 
 
@@ -55,10 +57,7 @@ def commands() -> list[str]:
     """Command lines of the program in pages and in the headers of recipes, without comments."""
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
     lines += [line.lstrip("# ") for recipe in RECIPES for line in recipe.read_text(encoding="utf-8").splitlines()]
-    found = [
-        re.search(rf"(?:ws-algorithm|-m ws_algorithm) ((?:{VERBS})\b[^#]*)", line)
-        for line in lines
-    ]
+    found = [re.search(rf"(?:ws-algorithm|-m ws_algorithm) ((?:{VERBS})\b[^#]*)", line) for line in lines]
     return sorted({match[1].strip() for match in found if match})
 
 

@@ -11,6 +11,7 @@ from composer.utils import dist
 from torchmetrics import Metric
 
 from ws_algorithm.recipes import build, report
+from ws_algorithm.recipes.closing import close_trainer
 from ws_algorithm.recipes.evaluation_results import ResultFile, evaluation_of
 from ws_algorithm.recipes.image_files import DataError
 from ws_algorithm.recipes.loaded_run import begin_processes, checkpoint_of, find_trained, load_trained
@@ -67,7 +68,7 @@ def evaluate(
         _run(source, trainer, recipe)
         classes = take_per_class(trainer) if per_class else None
         results.write()
-        trainer.close()
+        close_trainer(trainer)
     unreadable = unreadable_line(data)
     values = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     lines = _lines_of(recipe, trainer, values)
@@ -91,7 +92,7 @@ def _run(source: str, trainer: Trainer, recipe: Recipe) -> None:
         error.__traceback__ = None  # it holds the iterator over the data, and so its worker processes
         if dist.get_global_rank() != 0:
             log.error("%s", error.in_one_line())  # of the others the command shows no RecipeError
-        trainer.engine.close()  # close() of the Trainer would wait for the other processes
+        close_trainer(trainer, alone=True)
         raise RecipeError(source, [error.in_one_line()]) from error
 
 

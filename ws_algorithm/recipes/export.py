@@ -25,6 +25,7 @@ from ws_algorithm.recipes.artifacts import (
     largest_difference,
     loaded_into_a_copy,
 )
+from ws_algorithm.recipes.closing import close_trainer
 from ws_algorithm.recipes.image_files import DataError
 from ws_algorithm.recipes.loaded_run import TrainedRecipe, begin_processes, checkpoint_of, find_trained, load_trained
 from ws_algorithm.recipes.schema import RecipeError, in_one_line
@@ -88,7 +89,7 @@ def export(
     with build.cpu_threads(trained.recipe), torch.no_grad():
         trainer, model = load_trained(trained, checkpoint)
         network = _evaluated_network(trainer, model, data)
-        trainer.close()
+        close_trainer(trainer)
         difference = _write_checked(trained, network, inputs, file_format, path, plain)
     _report(file_format, path, inputs, difference, checkpoint)
     return path

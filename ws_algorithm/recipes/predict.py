@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ws_algorithm.recipes import build
+from ws_algorithm.recipes.closing import close_trainer
 from ws_algorithm.recipes.given_images import find_images, read_upright
 from ws_algorithm.recipes.loaded_run import TrainedRecipe, begin_processes, checkpoint_of, find_trained, load_trained
 from ws_algorithm.recipes.predictions import Classes, Shown, show
@@ -86,7 +87,7 @@ def predict(
                 shown = show(found[path], image, Classes.of(data))
                 pictures += shown.picture is not None
                 _print(path, shown, trained, folder)
-        trainer.close()
+        close_trainer(trainer)
     if output is not None and not pictures:
         log.warning("`--output` (=%r): nothing was written; this model gives tables, not pictures.", output)
     print(f"\ncheckpoint  {checkpoint}")

@@ -15,7 +15,7 @@ from typing import Any
 import composer
 import torch
 from composer import Trainer
-from composer.callbacks import CheckpointSaver, LRMonitor
+from composer.callbacks import LRMonitor
 from composer.core import DataSpec
 from composer.models import ComposerModel
 from composer.utils import dist, get_device, reproducibility
@@ -24,6 +24,7 @@ import ws_algorithm
 from ws_algorithm.recipes import build, report, run_folder
 from ws_algorithm.recipes.best_checkpoint import BestCheckpoint, default_monitor
 from ws_algorithm.recipes.catalogue import find_recipe
+from ws_algorithm.recipes.closing import close_trainer
 from ws_algorithm.recipes.curves import draw_curves
 from ws_algorithm.recipes.epoch_table import EpochTable
 from ws_algorithm.recipes.image_files import DataError
@@ -77,8 +78,7 @@ def train(source: str, overrides: Sequence[str] = ()) -> Trainer:
             log.info("%s is already trained for %s; nothing is left to do.", folder, recipe.max_duration)
         else:
             _fit_or_refuse(source, trainer)
-        trainer.close()
-        _clean_up(trainer)
+        close_trainer(trainer)
         _tell_of_unreadable(data)
         if dist.get_global_rank() == 0:
             run_folder.remove_old_checkpoints(folder, recipe.save_num_checkpoints_to_keep)
@@ -210,8 +210,7 @@ def _fit_or_refuse(source: str, trainer: Trainer) -> None:
     except DataError as error:
         error.__traceback__ = None  # it holds the iterator over the data, and so its worker processes
         log.error("%s", error.in_one_line(), extra={"for_the_file": True})  # the screen has it from the RecipeError
-        trainer.engine.close()  # close() of the Trainer would wait for the other processes
-        _clean_up(trainer)
+        close_trainer(trainer, alone=True)
         raise RecipeError(source, [error.in_one_line()]) from error
 
 
@@ -220,13 +219,6 @@ def _tell_of_unreadable(data: list[DataSpec | None]) -> None:
         line = unreadable_line(spec)
         if line is not None and dist.get_global_rank() == 0:
             log.warning("`%s`: %s", key, line)
-
-
-def _clean_up(trainer: Trainer) -> None:
-    """Remove the temporary folder that Composer leaves to the garbage collector, which warns."""
-    for callback in trainer.state.callbacks:
-        if isinstance(callback, CheckpointSaver):
-            callback.tmp_dir_for_symlink.cleanup()
 
 
 def _is_complete(trainer: Trainer) -> bool:
