@@ -8,7 +8,11 @@ Tolerances, one policy for every file:
 - anything wider carries its reason in a comment at the assert.
 """
 
+import gc
+import os
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +26,20 @@ torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.load_profile("repeatable")
+
+
+def resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_given_back() -> Iterator[None]:
+    """Networks and Trainers refer to themselves, and Python looks for those seldom: they would fill the memory."""
+    before = resident_bytes()
+    yield
+    if resident_bytes() - before > 50e6:
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,7 @@
 """Every recipe that ships: it resolves, it trains, and the documentation says what its file says."""
 
-import gc
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,14 +76,6 @@ def test_a_recipe_resolves(name: str):
         assert recipe.model["norm"] == "batch"
 
 
-@pytest.fixture
-def frees_memory() -> Iterator[None]:
-    """Without it, a process that runs them all would hold most of their networks: a Trainer refers to itself."""
-    yield
-    gc.collect()
-
-
-@pytest.mark.usefixtures("frees_memory")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_for_two_steps(name: str, tmp_path: Path):
     recipe = resolve_recipe(name)
