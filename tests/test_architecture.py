@@ -32,6 +32,7 @@ FLOORS = [
         "rescaling.py",
         "triton_kernels.py",
         "checkpoints/numpy_files.py",
+        "checkpoints/run_formulas.py",
         "checkpoints/sources.py",
         "checkpoints/torch_files.py",
         "tracing/shadow.py",
@@ -53,7 +54,7 @@ FLOORS = [
     ["once.py", "selection.py"],
     ["cautions.py", "folding.py", "gains.py", "inspection.py"],
     ["functional.py", "state_dicts.py"],
-    ["training_step.py"],
+    ["checkpoint_loading.py", "training_step.py"],
     ["algorithm.py"],
     [
         "recipes/artifacts.py",

@@ -225,3 +225,61 @@ def test_networks_of_timm_have_the_eps_of_its_big_transfer():
     assert (converted.source, converted.formula) == ("timm", Formula(1e-8, eps_inside_root=True, unbiased=False))
     assert converted.image_input == ImageInput("rgb", 1.0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert converted.include is not None and len(converted.include) == 53 and "head.fc" not in converted.include
+
+
+@pytest.mark.parametrize(("formula", "trained"), [("none", None), ("timm", "timm"), (None, "paper")])
+def test_a_formula_that_is_given_is_taken_instead_of_the_sources(formula, trained):
+    converted = convert_checkpoint(weights_of("resnet50"), model="resnet50", formula=formula)
+
+    assert (converted.source, converted.formula) == ("weight_standardization", trained)
+
+
+def test_weights_that_were_trained_without_standardization_name_no_convolutions():
+    weights = composer_weights("resnet18", ("conv1",))
+
+    assert convert_checkpoint(weights, model="resnet18", formula="paper").include is not None
+    assert convert_checkpoint(weights, model="resnet18", formula="none").include is None
+
+
+@pytest.mark.parametrize("formula", ["affine", "papre", 1, ["paper"]])
+def test_a_formula_must_be_one_that_files_without_gains_have(formula):
+    with pytest.raises(ValueError, match=r"`formula` \(=.*must be one of composer, paper, .*, 'none' for weights"):
+        convert_checkpoint(weights_of("resnet50"), model="resnet50", formula=formula)
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "norm", "needed"),
+    [("timm", "resnet50", "group", "stem.conv.weight"), ("composer", "resnet18", "batch", "weight.original")],
+)
+def test_weights_of_others_are_refused_under_a_source_that_has_the_names_of_its_target(source, model, norm, needed):
+    with pytest.raises(ValueError, match=rf"`source` \(='{source}'\) must be where .*{needed}.*such as 'bn1.bias'"):
+        convert_checkpoint(weights_of(model, norm=norm), source, model=model)
+
+
+def test_counters_that_old_versions_of_torch_did_not_save_start_from_0():
+    weights = composer_weights("resnet18", norm="batch")
+    old = {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
+
+    converted = convert_checkpoint(old, model="resnet18").state_dict
+
+    assert len(old) < len(weights) == len(converted)
+    count = converted["layer1.0.bn1.num_batches_tracked"]
+    assert (count.shape, count.dtype, int(count)) == ((), torch.int64, 0)
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "arguments", "message"),
+    [
+        ([torch.zeros(1)], {}, "`state_dict` must have tensors by name, got list. `read_checkpoint` reads a file"),
+        ({}, {}, "`state_dict` must have tensors by name, and it is empty"),
+        ({"fc.bias": torch.zeros(1), "epoch": 3}, {}, "1 of 2 are none, such as 'epoch', a int"),
+        ({1: torch.zeros(1)}, {}, "1 of 1 are none, such as 1, a Tensor"),
+        (None, {"model": ["resnet50"]}, r"`model` \(=\['resnet50'\]\) must be one of resnet18"),
+        (None, {"source": ["timm"]}, r"`source` \(=\['timm'\]\) must be one of weight_stand"),
+    ],
+)
+def test_arguments_of_other_kinds_are_refused(state_dict, arguments, message):
+    given: Any = weights_of("resnet50") if state_dict is None else state_dict
+
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(given, **{"model": "resnet50", **arguments})

@@ -47,9 +47,7 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_the_readme_shows_three_ways_and_its_pages_have_code() -> None:
     readme, method = ROOT / "README.md", ROOT / "docs" / "method.md"
-    assert (
-        len(blocks(readme, "python")) == 3 and len(blocks(readme, "bash")) == 5
-    )
+    assert len(blocks(readme, "python")) == 3 and len(blocks(readme, "bash")) == 5
     assert len(blocks(method, "python")) == 6
 
 

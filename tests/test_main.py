@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -51,6 +52,34 @@ def test_a_process_with_mistakes_exits_with_two_and_no_traceback():
     assert done.stderr.startswith("quickstart: 4 mistakes\n") and len(done.stderr.splitlines()) == 5
 
 
+@pytest.mark.parametrize("arguments", [["recipes"], ["train", "--help"]])
+def test_output_that_nobody_reads_ends_it_quietly(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ws_algorithm", *arguments],
+            env=environment() | {"PYTHONUNBUFFERED": ""},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        os.close(writer)
+
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_another_broken_pipe_is_no_quiet_end(monkeypatch):
+    def broken(options: object) -> None:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(command, "_recipes", broken)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        main(["recipes"])
+
+
 def test_one_of_several_processes_prints_mistakes(capsys, monkeypatch):
     for rank, lines in (("0", 5), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
@@ -68,7 +97,7 @@ def test_a_name_that_is_nearly_one_is_suggested(capsys):
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("order", ["before", "between", "after"])
 def test_a_dry_run_prints_the_recipe(path, order, capsys, tmp_path):
-    overrides = ["max_duration=3ep", "root=elsewhere"]
+    overrides = ["max_duration=3ep", "seed=7"]
     arguments = {
         "before": ["--dry-run", str(path), *overrides],
         "between": [str(path), overrides[0], "--dry-run", overrides[1]],
@@ -82,7 +111,7 @@ def test_a_dry_run_prints_the_recipe(path, order, capsys, tmp_path):
 
     assert errors == []
     assert again == resolve_recipe(str(path), overrides)
-    assert (again.max_duration, again.root) == ("3ep", "elsewhere")
+    assert (again.max_duration, again.seed) == ("3ep", 7)
 
 
 def test_recipes_are_listed_with_a_line_each(capsys):

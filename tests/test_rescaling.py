@@ -260,8 +260,12 @@ def test_the_state_dict_of_an_mmcv_layer_brings_its_gamma_and_beta():
     conv.load_state_dict(theirs)
 
     assert_close(conv.weight, by_mmcv(trained, start).float())
-    with pytest.raises(RuntimeError, match=f"Missing key.*{SHIFT}"):
-        conv.load_state_dict({name: part for name, part in theirs.items() if name != "weight_beta"})
+    for strict in (True, False):
+        for there, lacking in (("gamma", "beta"), ("beta", "gamma")):
+            half = {name: part for name, part in theirs.items() if name != f"weight_{lacking}"}
+            with pytest.raises(RuntimeError, match=f"has 'weight_{there}' and lacks 'weight_{lacking}'") as caught:
+                conv.load_state_dict(half, strict=strict)
+            assert "key(s)" not in str(caught.value)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_gamma"):
         rescaled("paper").load_state_dict(theirs)
 
@@ -322,9 +326,8 @@ def test_folding_gives_the_weight_with_gain_and_shift(formula):
 
 
 def test_tied_convolutions_of_different_gains_cannot_be_folded():
-    model: Any = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3))
-    model[1].weight = model[0].weight
-    apply_weight_standardization(model, formula="scaled", optimizers=[])
+    model: Any = nn.Sequential(rescaled("scaled"), rescaled("scaled"))
+    model[1].weight = raw_weight(model[0])  # afterwards: each has its gain already
     same = copy.deepcopy(model)
     assert fold_weight_standardization(same) == 2 and same[0].weight is same[1].weight
     nn.init.constant_(model[1].parametrizations.weight[1].gain, 2)

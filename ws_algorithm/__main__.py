@@ -12,8 +12,35 @@ import ws_algorithm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 2 for mistakes in a recipe, 130 or 143 if interrupted."""
-    options = _parse(arguments)
+    """Run the command and return its exit code.
+
+    That is 0, 1 if nobody reads what it prints (``| head``), 2 for mistakes in a recipe, 130 or 143 if interrupted.
+    """
+    try:
+        try:
+            code = _run(_parse(arguments))
+        except SystemExit:  # of --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_output_cut_off():
+            raise
+        return 1
+    return code
+
+
+def _is_output_cut_off() -> bool:
+    """Whether nobody reads standard output; what is left to print then goes nowhere."""
+    try:
+        print(flush=True)  # not all that failed is still to be flushed
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return True
+    return False
+
+
+def _run(options: argparse.Namespace) -> int:
     has_processes = _has_process_group()
     try:
         options.run(options)
@@ -164,6 +191,7 @@ def _add_convert(verbs: Any) -> None:
     convert.add_argument("--to", required=True, metavar="LIBRARY", help="torchvision or timm")
     convert.add_argument("--model", required=True, metavar="MODEL", help="such as resnet50 or mask_rcnn_resnet50")
     convert.add_argument("--source", metavar="NAME", help="where the weights are from (told from their names)")
+    convert.add_argument("--formula", metavar="NAME", help="what they were trained with, or none (that of the source)")
     convert.add_argument("--overwrite", action="store_true", help="replace files that are there")
     convert.set_defaults(run=_convert)
 
@@ -250,7 +278,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from ws_algorithm.recipes.convert import convert
 
-    given = {name: getattr(options, name) for name in ("to", "model", "source", "overwrite")}
+    given = {name: getattr(options, name) for name in ("to", "model", "source", "formula", "overwrite")}
     convert(options.checkpoint, options.output, **given)
 
 

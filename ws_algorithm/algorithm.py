@@ -21,6 +21,7 @@ from composer.algorithms import EMA, SWA, LayerFreezing
 from composer.utils import dist
 from torch import nn
 
+from ws_algorithm.checkpoint_loading import watch_loading
 from ws_algorithm.formula import Formula, resolve_formula
 from ws_algorithm.functional import check_selection, standardize_selection
 from ws_algorithm.group_norm import replace_batch_norms
@@ -47,7 +48,8 @@ class WeightStandardization(Algorithm):
     standardized convolution is replaced later than that, ``fit`` stops before the first batch.
 
     A checkpoint of a run with this algorithm needs the algorithm again when it is loaded (``required_on_load()`` is
-    ``True``). Composer finds algorithms to add by itself only among its own, so name it in ``algorithms`` when loading.
+    ``True``). Composer finds algorithms to add by itself only among its own, so name it in ``algorithms`` when loading,
+    with the formula of that run. A checkpoint of a run without it continues with its optimizer's state.
 
     Args:
         n_last_layers_ignore: How many convolutions, counted from the one that is executed last, are left alone: those
@@ -67,8 +69,8 @@ class WeightStandardization(Algorithm):
 
     Raises:
         ValueError: If an argument is not of that kind; from the Trainer, if a convolution cannot be standardized, or
-            the ranks of a distributed run would standardize different ones; from ``fit``, if standardized convolutions
-            are gone.
+            the ranks of a distributed run would standardize different ones, or the checkpoint to load was trained with
+            another formula; from ``fit``, if standardized convolutions are gone.
 
     Source: https://arxiv.org/abs/1903.10520.
 
@@ -130,6 +132,7 @@ class WeightStandardization(Algorithm):
             return
         selection = _select_on_all_ranks(state.model, self.rules, self._resolved_formula)
         count = standardize_selection(selection, self._resolved_formula, state.optimizers)
+        watch_loading(state, self.formula)
         self._standardized = {str(c): c.module for c in selection.choices if standardizers_of(c.module)}
         logger.log_hyperparameters({"WeightStandardization/num_weights_standardized": count})
         _copy_model_again(state, logger)

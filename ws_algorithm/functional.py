@@ -17,6 +17,7 @@ from ws_algorithm.gains import check_wrappers, hand_over_gains
 from ws_algorithm.group_norm import Optimizers, checked_optimizers
 from ws_algorithm.parametrization import register_weight_standardizer, unregister_weight_standardizer
 from ws_algorithm.patterns import Patterns
+from ws_algorithm.rescaling import rescalers_by_weight
 from ws_algorithm.selection import Layers, Predicate, Rules, Selection, select_convolutions
 
 log = logging.getLogger(__name__)
@@ -109,11 +110,11 @@ def check_selection(selection: Selection) -> None:
 def standardize_selection(selection: Selection, formula: Formula, optimizers: Sequence[Optimizer] | None) -> int:
     """Standardize what was chosen, give gains that learn to the optimizers, and return the number of convolutions."""
     check_wrappers(selection, formula)
-    chosen = selection.chosen
+    chosen, rescalers = selection.chosen, rescalers_by_weight(selection.module)
     done: list[nn.Module] = []
     try:
         for choice in chosen:
-            register_weight_standardizer(choice.module, formula)
+            register_weight_standardizer(choice.module, formula, rescalers)
             done.append(choice.module)
     except BaseException:  # out of memory, an interrupt, a tensor that refuses to be changed
         for conv in done:

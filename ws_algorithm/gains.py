@@ -40,17 +40,19 @@ def hand_over_gains(choices: Sequence[ConvolutionChoice], optimizers: Sequence[O
 
     Another group would be unknown to learning rate schedules built for the optimizer.
     """
-    gains = {choice: gain for choice in choices if (gain := _gain_of(choice.module)) is not None}
+    found = [(choice, gain) for choice in choices if (gain := _gain_of(choice.module)) is not None]
+    gains = {id(gain): (choice, gain) for choice, gain in reversed(found)}  # tied convolutions share one
     if gains and optimizers is None:
         log.warning(
             "The gains of %d convolutions are new parameters, which learn. Build the optimizer after this call, and "
             "say so with optimizers=[], or give it as `optimizers`.",
-            len(gains),
+            len(found),
         )
-    for choice, gain in gains.items():
+    for choice, gain in reversed(gains.values()):
         raw = raw_weight(choice.module)
         for group in (group for optimizer in optimizers or () for group in optimizer.param_groups):
-            if any(parameter is raw for parameter in group["params"]):
+            known = set(map(id, group["params"]))
+            if id(raw) in known and id(gain) not in known:
                 group["params"].append(gain)
                 if "param_names" in group:  # of optimizers that were built of named parameters
                     group["param_names"].append(f"{choice.name}.parametrizations.weight.1.gain".lstrip("."))

@@ -9,7 +9,8 @@ In plain words, after :func:`register_weight_standardizer` ``conv``:
 - :func:`unregister_weight_standardizer` restores class, parameter and keys as they were.
 
 A formula with gain and shift has them in a second parametrization behind the first. With ``affine`` they follow what
-sets the raw weight as above, so that the convolution computes with the very weight that was set.
+sets the raw weight as above, so that the convolution computes with the very weight that was set. Convolutions that
+share a raw weight share this second parametrization.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ws_algorithm.deferral import Memory
 from ws_algorithm.formula import FORMULAS, Formula, check_weight, resolve_formula, standardize
 from ws_algorithm.holding import dtype_in_convolution, hold_all, is_watched, may_be_held
 from ws_algorithm.layers import is_standardizer, raw_weight, standardizers_of
-from ws_algorithm.rescaling import Rescaler
+from ws_algorithm.rescaling import Rescaler, Rescalers, rescaler_for, tied_rescalers, untie_rescalers
 
 
 class WeightStandardizer(nn.Module):
@@ -117,16 +118,25 @@ class WeightStandardizer(nn.Module):
         return f"formula={name or self.formula!r}"
 
 
-def register_weight_standardizer(conv: nn.Module, formula: str | Formula = "composer") -> None:
-    """Standardize the weight of one convolution from now on."""
+def register_weight_standardizer(
+    conv: nn.Module, formula: str | Formula = "composer", rescalers: Rescalers | None = None
+) -> None:
+    """Standardize the weight of one convolution from now on.
+
+    Args:
+        conv: The convolution.
+        formula: Of the standardization.
+        rescalers: Those of other convolutions, of which it takes that for its own weight; a new one is added.
+    """
     formula = resolve_formula(formula)
-    layer: Any = conv
-    rescaler = [] if formula.rescaling is None else [Rescaler(formula, layer.weight)]
+    rescaler = [] if formula.rescaling is None else [rescaler_for(conv, formula, rescalers)]
     if parametrize.is_parametrized(conv):
         _give_own_class(conv, without=())
     parametrize.register_parametrization(conv, "weight", WeightStandardizer(formula))
     parametrizations: Any = conv.parametrizations
     parametrizations["weight"].extend(rescaler)
+    for link in rescaler:
+        link.users.chains.add(parametrizations["weight"])
     parametrizations.train(conv.training)  # parts start in training mode, whatever that of the whole
     injected: Any = type(conv)
     injected.weight = _short_way(vars(injected)["weight"])
@@ -226,13 +236,8 @@ def _assign_raw_weight(conv: nn.Module, value: Any) -> None:
     else:
         with torch.no_grad():
             raw.copy_(value)
-    for rescaler in _rescalers(conv).values():
+    for rescaler in tied_rescalers(_chain(conv)).values():
         rescaler.follow(raw_weight(conv))
-
-
-def _rescalers(conv: nn.Module) -> dict[int, Rescaler]:
-    """By their place in the chain."""
-    return {place: link for place, link in enumerate(_chain(conv)) if isinstance(link, Rescaler)}
 
 
 def _refuse_functional_call() -> None:
@@ -272,17 +277,30 @@ def _raw_weight_methods(base: Any) -> dict[str, Callable[..., Any]]:
             base.reset_parameters(self)
         finally:
             self.__class__ = standardized_class
-        for rescaler in _rescalers(self).values():
+        for rescaler in tied_rescalers(_chain(self)).values():
             rescaler.begin_anew(raw_weight(self))
 
-    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self: Any,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         plain, raw = f"{prefix}weight", f"{prefix}parametrizations.weight.original"
+        if local_metadata.get("assign_to_params_buffers") and _holds_raw_weight(self):
+            untie_rescalers(_chain(self))  # as torch gives each of two tied layers a Parameter of its own
         if plain in state_dict and raw not in state_dict and _holds_raw_weight(self):
             state_dict[raw] = weight = state_dict.pop(plain)
-            for place, rescaler in _rescalers(self).items():
+            for place, rescaler in tied_rescalers(_chain(self)).items():
                 own = f"{prefix}parametrizations.weight.{place}."
-                rescaler.complete(state_dict, prefix, own, weight, raw_weight(self).shape)
-        base._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+                complaint = rescaler.complete(state_dict, prefix, own, weight, raw_weight(self).shape)
+                error_msgs += [] if complaint is None else [complaint]
+        others = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        base._load_from_state_dict(self, state_dict, prefix, *others)
 
     methods = (__setattr__, reset_parameters, _load_from_state_dict)
     return {method.__name__: method for method in methods if hasattr(base, method.__name__)}

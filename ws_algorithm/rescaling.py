@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ws_algorithm.formula import Formula, rescale, scale_and_mean
+from ws_algorithm.layers import is_standardizer
 
 # The names that a plain state dict may have for gain and shift, beside the weight of the convolution
 _PLAIN_NAMES = {
@@ -30,6 +35,25 @@ class _Memory:
         return _Memory, ()
 
 
+class _Chains:
+    """The parametrizations of convolutions that share a raw weight, or once did; those of a copy are the copies."""
+
+    def __init__(self) -> None:
+        self.chains: WeakSet[Any] = WeakSet()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(self.chains))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Chains:
+        copied = memo[id(self)] = _Chains()
+        for chain in self:
+            copied.chains.add(copy.deepcopy(chain, memo))
+        return copied
+
+    def __reduce__(self) -> tuple[type[_Chains], tuple[()]]:
+        return _Chains, ()
+
+
 class Rescaler(nn.Module):
     r"""The parametrization ``standardized weight -> weight`` that stands behind a standardizer.
 
@@ -40,6 +64,8 @@ class Rescaler(nn.Module):
     weight that was there at first, so that :math:`W'` is that weight. The second for ``"scaled"``: the gain is a
     parameter, 1 at first, and trains if the raw weight does. All have shape ``(out_channels, 1, ...)``. The buffers
     for float16 and bfloat16 weights are made in float32.
+
+    Convolutions that share one raw weight share one rescaler.
 
     Args:
         formula: Of the standardizer; has a `rescaling`.
@@ -56,6 +82,7 @@ class Rescaler(nn.Module):
         assert formula.rescaling is not None
         self.formula = formula
         self.memory = _Memory()
+        self.users = _Chains()
         values = self.values_for(weight)
         if formula.rescaling == "scaled":
             self.gain = nn.Parameter(values["gain"], requires_grad=weight.requires_grad)
@@ -123,7 +150,11 @@ class Rescaler(nn.Module):
             else:
                 part.copy_(value)
 
-    def complete(self, state_dict: dict[str, Any], layer: str, own: str, weight: Any, shape: torch.Size) -> None:
+    def alone(self) -> Rescaler:
+        """A copy for a convolution whose raw weight is no longer that of the others."""
+        return copy.deepcopy(self, {id(self.users): self.users})
+
+    def complete(self, state_dict: dict[str, Any], layer: str, own: str, weight: Any, shape: torch.Size) -> str | None:
         """Give a state dict that has a plain weight the keys of gain and shift.
 
         Their values are those that mmcv or timm saved, or those for `weight` if there are none.
@@ -134,17 +165,83 @@ class Rescaler(nn.Module):
             own: The prefix of this module.
             weight: That arrives.
             shape: That `weight` must have.
+
+        Returns:
+            What is wrong, if one of two values is missing.
         """
         assert self.formula.rescaling is not None
         names = _PLAIN_NAMES[self.formula.rescaling]
         if any(f"{own}{name}" in state_dict for name in names):
-            return
+            return None
         saved = {name: plain for name, plain in names.items() if f"{layer}{plain}" in state_dict}
         for name, plain in saved.items():
             state_dict[f"{own}{name}"] = state_dict.pop(f"{layer}{plain}")
-        if not saved and isinstance(weight, Tensor) and weight.shape == shape:
+        lacking = [f"{layer}{plain}" for name, plain in names.items() if name not in saved]
+        if saved and not lacking:
+            return None
+        if isinstance(weight, Tensor) and weight.shape == shape:
             for name, value in self.values_for(weight).items():
-                state_dict[f"{own}{name}"] = value
+                state_dict.setdefault(f"{own}{name}", value)
+        if not saved:
+            return None
+        there = ", ".join(repr(f"{layer}{plain}") for plain in saved.values())
+        return (
+            f"`state_dict` has {there} and lacks {', '.join(map(repr, lacking))}, which belongs to it. Add what is "
+            "missing, or leave out both, to keep the function of the weight."
+        )
 
     def extra_repr(self) -> str:
         return f"rescaling={self.formula.rescaling!r}"
+
+
+Rescalers = dict[tuple[int, Formula], Rescaler]  # by the id of the raw weight
+
+
+def rescalers_by_weight(module: nn.Module) -> Rescalers:
+    """The rescalers of a model, for convolutions whose weight is one that has a rescaler already."""
+    chains: list[Any] = [part for part in module.modules() if isinstance(part, ParametrizationList)]
+    of_raw = [chain for chain in chains if hasattr(chain, "original") and is_standardizer(chain[0])]
+    return {(id(chain.original), link.formula): link for chain in of_raw for link in _rescalers_in(chain).values()}
+
+
+def rescaler_for(conv: Any, formula: Formula, rescalers: Rescalers | None) -> Rescaler:
+    """The rescaler of `rescalers` for the weight of a plain convolution, where a new one is put if there is none."""
+    if rescalers is None or is_parametrized(conv, "weight"):
+        return Rescaler(formula, conv.weight)
+    key = id(conv.weight), formula
+    if key not in rescalers:
+        rescalers[key] = Rescaler(formula, conv.weight)
+    return rescalers[key]
+
+
+def tied_rescalers(chain: Any) -> dict[int, Rescaler]:
+    """The rescalers of a convolution by their place in its chain, shared with whom it shares its raw weight.
+
+    A convolution that came to another raw weight than those it shared a rescaler with gets a copy; one that came to the
+    raw weight of another again, the rescaler of the other.
+    """
+    for place, rescaler in _rescalers_in(chain).items():
+        others = [other for other in rescaler.users if other is not chain]
+        raw = getattr(chain, "original", None)
+        tied = [other for other in others if getattr(other, "original", None) is raw]
+        theirs = [link for other in tied for link in other if _is_alike(link, rescaler)]
+        if theirs and theirs[0] is not rescaler:
+            chain[place] = theirs[0]
+        elif not theirs and any(link is rescaler for other in others for link in other):
+            chain[place] = rescaler.alone()
+    return _rescalers_in(chain)
+
+
+def untie_rescalers(chain: Any) -> None:
+    """Give a convolution that is about to get another raw weight copies of the rescalers that it shares."""
+    for place, rescaler in _rescalers_in(chain).items():
+        if any(link is rescaler for other in rescaler.users if other is not chain for link in other):
+            chain[place] = rescaler.alone()
+
+
+def _rescalers_in(chain: Any) -> dict[int, Rescaler]:
+    return {place: link for place, link in enumerate(chain) if isinstance(link, Rescaler)}
+
+
+def _is_alike(link: nn.Module, rescaler: Rescaler) -> bool:
+    return isinstance(link, Rescaler) and link.formula == rescaler.formula

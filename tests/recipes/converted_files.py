@@ -22,8 +22,14 @@ DETECTRON: dict[str, Any] = {
 
 
 def write_converted(
-    path: str, state_dict: Mapping[str, Tensor], formula: Any = "paper", image_input: Any = IMAGENET
+    path: str,
+    state_dict: Mapping[str, Tensor],
+    formula: Any = "paper",
+    image_input: Any = IMAGENET,
+    *,
+    options: Any = None,
+    include: Any = None,
 ) -> None:
     entry = {"source": "weight_standardization", "model": "resnet50", "formula": formula}
-    entry |= {"image_input": image_input, "options": {}}
+    entry |= {"image_input": image_input, "options": options or {}, "include": include}
     torch.save({"state_dict": dict(state_dict), "ws_algorithm": entry}, path)

@@ -70,6 +70,21 @@ def test_figures_are_those_of_cocos_program(coco, batch):
     assert expected["BoxAP"] != expected["MaskAP"]
 
 
+@pytest.mark.parametrize("masks", [True, False])
+def test_an_area_of_0_is_that_of_a_small_object(coco, masks):
+    changed = copy.deepcopy(coco)
+    for entry in changed.dataset["annotations"][::3]:
+        entry["area"] = 0
+    changed.createIndex()
+    targets = targets_of(changed)
+    detections = detections_for(targets)
+    expected = official_figures(changed, detections)
+    assert expected["BoxAPs"] != official_figures(coco, detections)["BoxAPs"]
+
+    expected = {name: value for name, value in expected.items() if masks or name.startswith("Box")}
+    assert found(detections, targets, masks=masks) == pytest.approx(expected, abs=1e-7)
+
+
 def test_boxes_alone(coco):
     targets = targets_of(coco)
     detections = detections_for(targets)

@@ -11,10 +11,9 @@ import pytest
 import torch
 import yaml
 
-from ws_algorithm import ConvertedCheckpoint, ImageInput
 from ws_algorithm.__main__ import main
 from ws_algorithm.checkpoints.targets import MODELS, target_shapes
-from ws_algorithm.recipes.convert import BUILDERS, convert, recipe_of
+from ws_algorithm.recipes.convert import BUILDERS, convert
 from ws_algorithm.recipes.registry import MODELS as REGISTRY
 
 
@@ -95,49 +94,6 @@ def test_the_recipe_is_a_base_that_resolves(capsys):
     assert resolved["algorithms"]["WeightStandardization"]["formula"] == "paper"
 
 
-def fork_weights(model: str) -> dict[str, torch.Tensor]:
-    """A Mask R-CNN as the authors' fork names it."""
-    places = {"backbone.body.conv1.": "backbone.body.stem.conv1.", "backbone.body.bn1.": "backbone.body.stem.bn1."}
-    places |= {"rpn.head.conv.0.0.": "rpn.head.conv.", "roi_heads.box_head.5.": "roi_heads.box.feature_extractor.fc6."}
-    for i in range(4):
-        places |= {
-            f"backbone.fpn.{kind}_blocks.{i}.": f"backbone.fpn.fpn_{kind}{i + 1}." for kind in ("inner", "layer")
-        }
-        for j in range(2):
-            places[f"roi_heads.box_head.{i}.{j}."] = f"roi_heads.box.feature_extractor.xconvs.{3 * i + j}."
-        places[f"roi_heads.mask_head.{i}."] = f"roi_heads.mask.feature_extractor.mask_fcn{i + 1}."
-    places |= {f"roi_heads.{kind}_predictor.": f"roi_heads.{kind}.predictor." for kind in ("box", "mask")}
-    weights = {}
-    for name, shape in target_shapes(model, 81).items():
-        start = next((start for start in places if name.startswith(start)), None)
-        theirs = f"{places[start]}{name.removeprefix(start)}" if start else name
-        weights[f"module.{theirs}"] = torch.zeros(()).expand(shape)
-    return weights
-
-
-def test_a_detector_brings_the_options_that_it_was_trained_with(capsys):
-    torch.save({"model": fork_weights("mask_rcnn_resnet50"), "iteration": 1}, "model_final.pth")
-
-    assert run("model_final.pth", "mask.pth", "--to", "torchvision", "--model", "mask_rcnn_resnet50") == 0
-
-    blocks = yaml.safe_load(Path("mask.yaml").read_text())
-    assert blocks["model"]["name"] == "mask_rcnn" and blocks["model"]["arch"] == "resnet50"
-    assert blocks["model"]["image_format"] == "bgr255" and blocks["model"]["roi_align_sampling_ratio"] == 2
-    assert blocks["algorithms"] == {"WeightStandardization": {"layers": "normalized", "formula": "paper"}}
-    assert "RGB from 0 to 255, mean [122.7717, 115.9465, 102.9801]" in capsys.readouterr().out
-
-
-def test_the_algorithm_is_that_of_the_weights():
-    seen = ImageInput("rgb", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    given = {"fc.weight": torch.zeros(1)}, "composer", "resnet50"
-    none = ConvertedCheckpoint(*given, None, seen, {"norm": "group"})
-    some = ConvertedCheckpoint(*given, "composer", seen, {"norm": "group"}, ("conv1", "layer1.0.conv1"))
-
-    assert (recipe_of(none, Path("w.pth")) or {}).keys() == {"model"}
-    algorithms = (recipe_of(some, Path("w.pth")) or {})["algorithms"]
-    assert algorithms == {"WeightStandardization": {"include": ["conv1", "layer1.0.conv1"], "formula": "composer"}}
-
-
 def test_a_backbone_names_no_builder():
     weights = {name: tensor for name, tensor in save("all.pth").items() if ".fc." not in name}
     torch.save(weights, "jhu.pth")
@@ -146,18 +102,6 @@ def test_a_backbone_names_no_builder():
 
     model = yaml.safe_load(Path("body.yaml").read_text())["model"]
     assert model == {"arch": "resnet50", "norm": "group", "pretrained": str(Path("body.pth").resolve())}
-
-
-def test_the_recipe_of_a_detector_is_a_base_that_resolves(capsys):
-    torch.save({"model": fork_weights("mask_rcnn_resnet50")}, "model_final.pth")
-    run("model_final.pth", "mask.pth", "--to", "torchvision", "--model", "mask_rcnn_resnet50")
-    capsys.readouterr()
-    Path("mine.yaml").write_text("base: [coco/mask_rcnn_r50_gn_ws_2x, mask.yaml]\nroot: synthetic\n")
-
-    assert main(["train", "mine.yaml", "--dry-run"]) == 0
-
-    model = yaml.safe_load(capsys.readouterr().out)["model"]
-    assert (model["image_format"], model["roi_align_aligned"], model["frozen_stages"]) == ("bgr255", False, 1)
 
 
 def test_a_network_that_no_recipe_builds_gets_no_recipe(capsys):

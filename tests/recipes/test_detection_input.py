@@ -37,3 +37,25 @@ def test_ratios_are_kept_and_batches_padded_to_multiples_of_32(height, width, re
     torch.testing.assert_close(targets[0]["boxes"], torch.tensor([[0.0, 0.0, resized[1], resized[0]]]))
     assert not batch.tensors[..., resized[0] :, :].any() and not batch.tensors[..., resized[1] :].any()
     assert target["boxes"].tolist() == [[0, 0, width, height]]  # the batch itself stays
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("height", "width"), [(3, 2000), (600, 1)])
+def test_a_thin_image_keeps_a_pixel_of_its_shorter_side(height, width, training):
+    # 64 / 2000 x 3 and 64 / 600 x 1 are less than 1
+    whole = {
+        "boxes": torch.tensor([[0.0, 0.0, width, height]]),
+        "masks": torch.ones(1, height, width, dtype=torch.uint8),
+    }
+    transform = DetectionInput(32, 64, "rgb").train(training)
+    batch, targets = transform([torch.rand(3, height, width)], [whole])
+    resized = (1, 64) if width > height else (64, 1)
+
+    assert batch.image_sizes == [resized] and targets is not None
+    assert targets[0]["boxes"].tolist() == [[0, 0, resized[1], resized[0]]]
+    assert torch.equal(targets[0]["masks"], torch.ones(1, *resized, dtype=torch.uint8))
+    assert whole["boxes"].tolist() == [[0, 0, width, height]] and whole["masks"].shape == (1, height, width)
+
+    found = {"boxes": targets[0]["boxes"]}
+    back = transform.eval().postprocess([found], batch.image_sizes, [(height, width)])
+    torch.testing.assert_close(back[0]["boxes"], whole["boxes"])

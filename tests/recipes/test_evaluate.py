@@ -6,11 +6,12 @@ import torch
 
 from ws_algorithm.recipes.evaluate import evaluate
 from ws_algorithm.recipes.models.cifar_resnet import build_cifar_resnet
+from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.report import read_metrics
 from ws_algorithm.recipes.schema import RecipeError
 from ws_algorithm.recipes.train import train
 
-from .runs import FEW
+from .runs import FEW, FEW_FASHION, write_fashion_mnist
 
 ACCURACY = "MulticlassAccuracy"
 
@@ -145,3 +146,56 @@ def test_a_run_does_not_need_the_weights_that_it_began_with():
     Path("began.pt").unlink()
 
     assert 0 <= evaluate("run")["MulticlassAccuracy"] <= 1
+
+
+def run_fashion_mnist(*overrides: str) -> None:
+    eight = ["train_dataloader.num_workers=0", "eval_dataloader.num_workers=0"]
+    train("fashion_mnist/resnet20_gn_ws", [*FEW_FASHION, *eight, "save_folder=run", *overrides])
+
+
+def test_the_root_of_a_run_can_be_another_one(monkeypatch):
+    write_fashion_mnist(Path("data"))
+    write_fashion_mnist(Path("other"), test=32)
+    run_fashion_mnist()
+    own = evaluate("run")
+    other = evaluate("run", ["root=other"])
+    Path("elsewhere").mkdir()
+
+    monkeypatch.chdir("elsewhere")
+
+    assert own == evaluate("../run") == best_evaluation(Path("../run"))
+    assert other == evaluate("../run", ["root=../other"]) == evaluate("../run", ["eval_dataloader.root=../other"])
+    assert other != own
+    assert read_recipe(Path("../run/recipe.yaml"))[0].root == str(Path("../data").resolve())
+
+
+def test_a_run_with_a_relative_root_continues_as_the_same(caplog):
+    write_fashion_mnist(Path("data"))
+    run_fashion_mnist()
+
+    run_fashion_mnist("autoresume=true")
+    assert "already trained" in caplog.text and "changed recipe" not in caplog.text
+
+    run_fashion_mnist("autoresume=true", "root=synthetic")
+    assert "root '" in caplog.text and "changed recipe" in caplog.text
+
+
+def test_a_root_that_the_kept_recipe_does_not_refer_to_is_a_mistake(finished_run):
+    with pytest.raises(RecipeError, match=r"`root` \(='other'\): nothing in this recipe refers to it"):
+        evaluate(str(finished_run), ["root=other"])
+
+
+def test_the_formula_of_a_run_cannot_be_another_one(finished_run):
+    override = "algorithms.WeightStandardization.formula"
+    assert evaluate(str(finished_run), [f"{override}=bit"]) == best_evaluation(finished_run)  # another name of the same
+
+    for formula in ("paper", "affine"):
+        with pytest.raises(RecipeError, match=rf"best\.pt.*`formula` \(='{formula}'\).*trained, 'composer'"):
+            evaluate(str(finished_run), [f"{override}={formula}"])
+
+
+def test_neither_a_run_nor_a_recipe():
+    with pytest.raises(
+        RecipeError, match=r"`recipe` \(='runs/quick'\) is neither .* there is no runs/quick/recipe.yaml"
+    ):
+        evaluate("runs/quick")

@@ -161,7 +161,7 @@ def test_documented_commands_are_accepted(monkeypatch):
     ("arguments", "mistake"),
     [
         ({"file_format": "pickle"}, "`--format` (='pickle') must be one of state_dict, safetensors, onnx"),
-        ({"file_format": "onnx", "plain": True}, "--plain: onnx is the network itself, folded."),
+        ({"file_format": "onnx", "plain": True}, "`--plain`: onnx is the network itself, folded."),
         ({"file_format": "onnx", "output": "there"}, "`--output` (='there'): is there already."),
         ({"file_format": "onnx", "output": "nowhere/net"}, "`--output` (='nowhere/net'): its folder is not there"),
         ({"file_format": "onnx", "overrides": ["eval_dataloader=null"]}, "`eval_dataloader`: missing;"),
@@ -186,6 +186,27 @@ def test_a_run_without_standardization_is_written_as_it_is(caplog):
     weights = {key.removeprefix("module."): value for key, value in load_weights(Path("plain/best.pt")).items()}
     assert all(torch.equal(saved[key], weights[key]) for key in weights)
     assert "no standardized layer" not in caplog.text
+
+
+@pytest.mark.parametrize("formula", ["affine", "scaled"])
+def test_raw_weights_alone_are_refused_where_there_is_gain(formula):
+    train("quickstart", [*FEW, f"algorithms={{WeightStandardization: {{formula: {formula}}}}}", "save_folder=gain"])
+
+    with pytest.raises(RecipeError) as caught:
+        export("gain", file_format="state_dict", plain=True)
+
+    (error,) = caught.value.errors
+    assert error.startswith("`--plain`: ") and "Leave `--plain` out" in error
+    assert not list(Path("gain").glob("exported*")) and export("gain", file_format="state_dict").is_file()
+
+
+def test_a_standardized_run_without_its_algorithm_is_told_in_one_line(run):
+    with pytest.raises(RecipeError) as caught:
+        export(str(run), ["algorithms=null"], file_format="state_dict")
+
+    (error,) = caught.value.errors
+    assert error.startswith("`algorithms` (=null): ") and "Leave `algorithms` as the recipe of the run" in error
+    assert "conv1" not in error
 
 
 def test_an_exported_file_is_gone_when_its_run_is_replaced():

@@ -79,6 +79,21 @@ def test_sixteen_bits_keep_the_upper_eight():
     assert np.array_equal(np.asarray(read_rgb("deep.png")), np.repeat(LEVELS[:, :, None], 3, axis=2))
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 65535), (-1, 200), (0, float("nan"))])
+def test_floats_that_would_be_black_or_white_are_refused(low, high):
+    Image.fromarray(np.array([[low, high]], dtype=np.float32)).save("floats.tif")
+
+    with pytest.raises(ValueError, match=f"floating-point pixels from .* to {high:.3g}".replace("+", r"\+")):
+        read_rgb("floats.tif")
+
+
+@pytest.mark.parametrize("high", [0, 200])
+def test_floats_up_to_255_are_read(high):
+    Image.fromarray(np.array([[0, high]], dtype=np.float32)).save("floats.tif")
+
+    assert np.asarray(read_rgb("floats.tif")).tolist() == [[[0] * 3, [high] * 3]]
+
+
 def test_a_palette_with_transparency_is_read_without_a_warning():
     Image.fromarray(LEVELS).convert("P").save("palette.png", transparency=bytes(range(256)))
 

@@ -1,6 +1,8 @@
 """Weights that say how they were trained, against recipes that standardize otherwise or give them other images."""
 
+import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ws_algorithm.__main__ import main
 from ws_algorithm.recipes import build
 from ws_algorithm.recipes.build import build_data
 from ws_algorithm.recipes.evaluate import evaluate
+from ws_algorithm.recipes.models.imagenet_resnet import build_imagenet_resnet
 from ws_algorithm.recipes.origins import function_that_changes, image_difference
 from ws_algorithm.recipes.pretrained import Origin, input_difference, read_origin
 from ws_algorithm.recipes.resolve import resolve_recipe
@@ -74,6 +77,43 @@ def test_another_formula_and_none_are_mistakes_in_a_dry_run_too(capsys):
     assert "`WeightStandardization: {layers: normalized, formula: paper}`" in mistake
 
 
+@pytest.mark.parametrize("rule", ["exclude: module.conv1", "n_last_layers_ignore: 1", "include: '*.conv1'"])
+def test_leaving_out_what_was_standardized_in_training_is_a_mistake(rule):
+    write_quickstart("paper")
+
+    (mistake,) = mistakes(f"{NO_FORMULA[:-2]}, {rule}}}}}")
+
+    assert mistake.startswith(
+        "`algorithms.WeightStandardization`: these rules choose other convolutions than `model.pretrained` "
+        "(='converted.pth') was trained with: without module."
+    )
+    assert mistake.endswith("which were. Give `layers: normalized`, and no other rules for these.")
+
+
+def test_the_convolutions_that_a_file_names_are_those_to_standardize():
+    weights = weights_of(resolve_recipe("quickstart"))
+    names = [name.removesuffix(".weight") for name, tensor in weights.items() if tensor.ndim == 4]
+    write_converted(PATH, weights, "paper", include=names[1:])
+    included = ", ".join(f"module.{name}" for name in names[1:])
+
+    assert f"with module.{names[0]}, which were not standardized then. Give the `include`" in mistakes(NO_FORMULA)[0]
+    assert formula_of(f"algorithms={{WeightStandardization: {{include: [{included}]}}}}") == "paper"
+
+
+def test_convolutions_of_a_classifier_are_looked_for_in_the_detector_around_it():
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build_imagenet_resnet("resnet50").module.state_dict().items()}
+    write_converted(PATH, {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()})
+    rules = "algorithms.WeightStandardization"
+
+    def resolve(rule: str) -> None:
+        resolve_recipe("coco/faster_rcnn_r50_gn_ws_1x", [PRETRAINED, rule, "model.image_format=rgb"])
+
+    resolve(f"{rules}.layers=all")  # which takes those of the proposals too, of which the file says nothing
+    with pytest.raises(RecipeError, match="without module.backbone.body.layer1.0.conv2, module.backbone.body.layer1.1"):
+        resolve(f"{rules}.exclude='*.conv2'")
+
+
 def test_weights_without_it_change_their_function_under_every_formula_but_one():
     write_quickstart(None)
     recipe = resolve_recipe("quickstart", [PRETRAINED, NO_FORMULA])
@@ -91,7 +131,7 @@ def test_a_run_with_converted_weights_says_so_and_goes_on_without_the_file(caplo
     with caplog.at_level(logging.INFO, "ws_algorithm"), pytest.raises(RecipeError, match="expect three channels"):
         train("quickstart", [*FEW, PRETRAINED])
     write_quickstart("paper", DETECTRON)
-    arguments = [*FEW, PRETRAINED, NO_FORMULA, "root=synthetic", "save_folder=run", "save_interval=1ba"]
+    arguments = [*FEW, PRETRAINED, NO_FORMULA, "save_folder=run", "save_interval=1ba"]
     arguments += ["train_dataloader={name: synthetic_images, image_size: 8, num_classes: 10, in_channels: 1}"]
     arguments += ["eval_dataloader=${train_dataloader}"]
 
@@ -189,7 +229,8 @@ def test_images_that_weights_do_not_expect_are_a_mistake_in_the_data():
     half = {"channels": "rgb", "scale": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     recipe = resolve_recipe("imagenet/resnet50_gn_ws", ["root=images"])
     recipe.model = {"name": "cifar_resnet", "num_classes": 2, "depth": 8, "width": 8}
-    write_converted(PATH, weights_of(recipe), "paper", half)
+    weights = weights_of(recipe)
+    write_converted(PATH, weights, "paper", half)
     recipe.model["pretrained"] = PATH
     recipe.global_train_batch_size, recipe.global_eval_batch_size = 2, 2
     recipe.train_dataloader = {"name": "image_folder", "root": "images", "split": "train", "image_size": 32}
@@ -197,5 +238,13 @@ def test_images_that_weights_do_not_expect_are_a_mistake_in_the_data():
 
     with pytest.raises(RecipeError, match="`train_dataloader`: the weights of `model.pretrained` expect RGB .* 0.5, 0"):
         build.check_images("recipe", recipe, data, None)
-    write_converted(PATH, weights_of(recipe), "paper", IMAGENET)
+    write_converted(PATH, weights, "paper", DETECTRON)
+    with pytest.raises(RecipeError) as caught:
+        build.check_images("recipe", recipe, data, None)
+    fix = re.search(r"Set train_dataloader.mean=(\[.*?\]) train_dataloader.std=(\[.*?\])\.", str(caught.value))
+    assert fix is not None
+    recipe.train_dataloader |= {"name": "imagenet", "mean": json.loads(fix[1]), "std": json.loads(fix[2])}
+    build.check_images("recipe", recipe, build_data("recipe", recipe, "train_dataloader", training=True), None)
+    recipe.train_dataloader = {"name": "image_folder", "root": "images", "split": "train", "image_size": 32}
+    write_converted(PATH, weights, "paper", IMAGENET)
     build.check_images("recipe", recipe, data, None)

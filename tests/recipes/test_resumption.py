@@ -11,7 +11,7 @@ from ws_algorithm.recipes import registry
 from ws_algorithm.recipes.report import read_metrics
 from ws_algorithm.recipes.train import train
 
-from .runs import FEW, FEW_FASHION, is_same, load_weights, metric_rows, write_fashion_mnist
+from .runs import FEW, FEW_FASHION, is_same, load_state, load_weights, metric_rows, write_fashion_mnist
 
 # Three epochs of five batches
 LONG = [*FEW, "max_duration=3ep", "train_subset_num_batches=5"]
@@ -131,3 +131,16 @@ def test_without_checkpoints_it_starts_again(uninterrupted):
     train("quickstart", [*LONG, "save_folder=run", "autoresume=true"])
 
     assert_same_runs(Path("run"), uninterrupted)
+
+
+@pytest.mark.filterwarnings("ignore:WeightStandardization is not in the state_dict:UserWarning")
+def test_a_run_without_it_goes_on_with_it():
+    train("quickstart", [*FEW, "algorithms=null", "save_folder=run"])
+    plain = load_state(Path("run/latest-rank0.pt"))["optimizers"]["SGD"]["state"]
+
+    trainer = train("quickstart", [*FEW, "max_duration=2ep", "save_folder=run", "autoresume=true"])
+
+    kept = load_state(Path("run/latest-rank0.pt"))["optimizers"]["SGD"]["state"]
+    assert {name.replace(".parametrizations.weight.original", ".weight") for name in kept} == plain.keys()
+    assert len(kept) == len(plain) and kept.keys() != plain.keys()
+    assert trainer.state.timestamp.batch == 6

@@ -78,6 +78,19 @@ def test_the_log_says_the_mean_loss_and_the_evaluation_of_each_epoch(finished_ru
     assert said == expected
 
 
+def test_an_epoch_without_an_evaluation_has_no_figures_of_one(tmp_path):
+    train("quickstart", [*FEW, "max_duration=4ep", "eval_interval=2ep", f"save_folder={tmp_path}"])
+
+    said = re.findall(r"run_log: epoch (\d)/4, (.*)", (tmp_path / "log.txt").read_text())
+
+    assert [(epoch, "MulticlassAccuracy" in line) for epoch, line in said] == [
+        ("1", False),
+        ("2", True),
+        ("3", False),
+        ("4", True),
+    ]
+
+
 def test_training_that_ends_inside_an_epoch_says_so(tmp_path):
     train("quickstart", [*FEW, "max_duration=4ba", f"save_folder={tmp_path}"])
     said = re.findall(r"run_log: (epoch .*?): train loss (\S+?)[, ]", (tmp_path / "log.txt").read_text())

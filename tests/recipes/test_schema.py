@@ -113,7 +113,8 @@ def test_a_missing_key_is_one_mistake(name):
 
 
 def test_mistakes_of_all_kinds_are_listed_together():
-    text = recipe_text(model="", seed="x", sed="1", run_name="${nowhere}")
+    data = "{download: '${download}'}"
+    text = recipe_text(model="", seed="x", sed="1", run_name="${nowhere}", eval_dataloader=data)
 
     found = mistakes(text, "download=perhaps", "no_equals_sign")
 

@@ -1,5 +1,7 @@
 import pytest
 
+from ws_algorithm.recipes.schema import to_yaml
+
 from .texts import mistakes, read, recipe_text
 
 
@@ -43,3 +45,38 @@ def test_a_bad_override_is_one_mistake_that_quotes_it(override):
 
 def test_an_unknown_override_names_the_nearest():
     assert mistakes(recipe_text(), "sede=1") == ["`sede`: unknown key. Did you mean `seed`?"]
+
+
+DATA = "{name: x, root: '${root}', download: '${download}', more: ['${root}/more', rooted], split: {at: '${root}'}}"
+
+
+@pytest.mark.parametrize("root", ["data", "./data/", "/data", "x"])
+def test_a_recipe_that_was_written_still_refers_to_its_root(root):
+    recipe, _ = read(recipe_text(root=root, download="true", eval_dataloader=DATA))
+    written = to_yaml(recipe)
+
+    moved, errors = read(written, "root=elsewhere", "download=false")
+
+    expected, _ = read(recipe_text(root="elsewhere", download="false", eval_dataloader=DATA))
+    assert errors == []
+    assert moved == expected
+    assert read(written)[0] == recipe
+
+
+NOTHING = "`root` (='elsewhere'): nothing in this recipe refers to it as ${root}, so the override would change nothing."
+
+
+def test_a_root_beside_roots_that_do_not_refer_to_it_is_a_mistake():
+    text = recipe_text(root="data", train_dataloader="{name: x, root: data}", eval_dataloader="{name: x, root: data}")
+
+    assert read(text)[1] == []
+    assert mistakes(text, "root=elsewhere") == [
+        f"{NOTHING} Override `train_dataloader.root` and `eval_dataloader.root`."
+    ]
+
+
+def test_a_root_for_data_that_have_none_is_told(caplog):
+    text = recipe_text(root="data", train_dataloader="{name: x}", eval_dataloader="{name: x}")
+
+    assert read(text, "root=elsewhere")[1] == []
+    assert [record.getMessage() for record in caplog.records] == [f"{NOTHING} Leave it out."]

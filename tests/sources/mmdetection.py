@@ -129,7 +129,7 @@ class MMDetector(nn.Module):
 def save(network: MMDetector, path: Path) -> None:
     meta = {
         "mmdet_version": f"{network.version}.0.0",
-        "config": "model = dict(type='MaskRCNN')",
+        "config": "conv_cfg = dict(type='ConvWS')\nmodel = dict(type='MaskRCNN')",
         "CLASSES": ("person", "bicycle"),
         "epoch": 24,
         "iter": 175896,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ws_algorithm.checkpoints.big_transfer import from_big_transfer, from_timm
@@ -29,7 +30,9 @@ from ws_algorithm.checkpoints.targets import (
     normalized_convolutions,
     target_shapes,
 )
-from ws_algorithm.formula import Formula
+from ws_algorithm.formula import FORMULAS, Formula
+
+NO_FORMULA = "none"  # of weights that were trained without standardization
 
 SOURCES: dict[str, Callable[[StateDict], Renamed]] = {
     "weight_standardization": from_weight_standardization,
@@ -71,7 +74,9 @@ class ConvertedCheckpoint:
     include: tuple[str, ...] | None = None
 
 
-def convert_checkpoint(state_dict: StateDict, source: str | None = None, *, model: str) -> ConvertedCheckpoint:
+def convert_checkpoint(
+    state_dict: StateDict, source: str | None = None, *, model: str, formula: str | None = None
+) -> ConvertedCheckpoint:
     """Convert published weights to the names, the order of classes and the order of channels of a model.
 
     Args:
@@ -84,13 +89,18 @@ def convert_checkpoint(state_dict: StateDict, source: str | None = None, *, mode
             :func:`detect_source`.
         model: What the weights are for: ``"resnet50"``, ``"mask_rcnn_resnet50"`` and so on, ``"deeplabv3_resnet101"``,
             ``"resnetv2_50x1_bit"``. The message for an unknown one lists all.
+        formula: The standardization that the weights were trained with, where it is not that of `source`: a name in
+            ``FORMULAS``, or ``"none"``. Names of tensors do not tell it: ``configs/gn`` of mmdetection has those of
+            ``configs/gn+ws``, and a network of this package those of Composer, whatever its formula. Default: ``None``,
+            that of `source`.
 
     Returns:
         The converted weights. Tensors that need no change are those of `state_dict`.
 
     Raises:
-        ValueError: If `source` or `model` is not known, or a tensor is left over, missing or of another shape. One
-            message counts them all, and names the model that would fit, if there is one.
+        ValueError: If `state_dict` is empty or has other things than tensors by name; `source`, `model` or `formula` is
+            not known; `source` is not where such names are from; or a tensor is left over, missing or of another shape.
+            One message counts them all, and names the model that would fit, if there is one.
 
     Example:
         >>> import torch
@@ -101,19 +111,21 @@ def convert_checkpoint(state_dict: StateDict, source: str | None = None, *, mode
         ('weight_standardization', 'paper', 161)
     """
     kind = kind_of(model)
+    _check_arguments(state_dict, source, formula)
     source = detect_source(state_dict) if source is None else source
-    if source not in SOURCES:
-        raise ValueError(f"`source` (={source!r}) must be one of {', '.join(SOURCES)}, or None to detect it.")
+    _check_source(state_dict, source)
     renamed = SOURCES[source](state_dict)
     norm: Norm = "batch" if any(name.endswith(".running_mean") for name in renamed.tensors) else "group"
     shapes = target_shapes(model, _number_of_classes(renamed, kind), norm if renamed.with_batch_norm else "group")
+    _count_from_zero(renamed, shapes)
     _check(renamed, shapes, source, model)
+    trained = renamed.formula if formula is None else None if formula == NO_FORMULA else formula
     include = renamed.include
-    if include is not None and set(include) == normalized_convolutions(model, shapes):
+    if trained is None or (include is not None and set(include) == normalized_convolutions(model, shapes)):
         include = None
     options = {"num_classes": _number_of_classes(renamed, kind), "norm": norm, **renamed.options}
     tensors = {name: renamed.tensors[name] for name in shapes if name in renamed.tensors}
-    return ConvertedCheckpoint(tensors, source, model, renamed.formula, renamed.image_input, options, include)
+    return ConvertedCheckpoint(tensors, source, model, trained, renamed.image_input, options, include)
 
 
 def detect_source(state_dict: StateDict) -> str:
@@ -149,6 +161,56 @@ def detect_source(state_dict: StateDict) -> str:
     if is_residual({name.removeprefix("backbone.") for name in names}):
         return "weight_standardization" if {"bn1.weight", "fc.weight"} <= names else "mmdetection_backbone"
     raise ValueError(_unknown(names))
+
+
+def _check_arguments(state_dict: Any, source: Any, formula: Any) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(
+            f"`state_dict` must have tensors by name, got {type(state_dict).__name__}. `read_checkpoint` reads a file."
+        )
+    if not state_dict:
+        raise ValueError("`state_dict` must have tensors by name, and it is empty.")
+    others = [name for name, value in state_dict.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if others:
+        raise ValueError(
+            f"`state_dict` must have tensors by name, and {len(others)} of {len(state_dict)} are none, such as "
+            f"{others[0]!r}, a {type(state_dict[others[0]]).__name__}. Give the weights alone."
+        )
+    if source is not None and (not isinstance(source, str) or source not in SOURCES):
+        raise ValueError(f"`source` (={source!r}) must be one of {', '.join(SOURCES)}, or None to detect it.")
+    names = [name for name, known in FORMULAS.items() if known.rescaling is None]  # others have gains, the files none
+    if formula is not None and (not isinstance(formula, str) or formula not in (*names, NO_FORMULA)):
+        raise ValueError(
+            f"`formula` (={formula!r}) must be one of {', '.join(names)}, {NO_FORMULA!r} for weights that were trained "
+            "without standardization, or None for that of the source."
+        )
+
+
+def _check_source(state_dict: StateDict, source: str) -> None:
+    """Refuse weights of others under a source that has the names of its target: no rule would find them strange."""
+    names = {name.removeprefix("module.") for name in state_dict}
+    has_stages = "stem.conv.weight" in names and any(name.startswith("stages.") for name in names)
+    has_raw = any(name.endswith(".parametrizations.weight.original") for name in names)
+    needed = {
+        "timm": (has_stages, "'stem.conv.weight' and others that start with 'stages.'"),
+        "composer": (has_raw, "at least one that ends in '.parametrizations.weight.original'"),
+    }
+    fits, such = needed.get(source, (True, ""))
+    if not fits:
+        some = ", ".join(map(repr, sorted(names)[:3]))
+        raise ValueError(
+            f"`source` (={source!r}) must be where the names of `state_dict` are from. It has {such}; these are such "
+            f"as {some}. Leave it out to have it told from the names."
+        )
+
+
+def _count_from_zero(renamed: Renamed, shapes: Shapes) -> None:
+    """Give BatchNorm the counters that old versions of torch did not save; only its training reads them."""
+    for name in shapes:
+        layer, _, part = name.rpartition(".")
+        if part == "num_batches_tracked" and f"{layer}.running_mean" in renamed.tensors:
+            renamed.tensors.setdefault(name, torch.zeros((), dtype=torch.long))
+            renamed.origin.setdefault(name, name)
 
 
 def _unknown(names: set[str]) -> str:

@@ -7,6 +7,7 @@ import importlib.util
 import tarfile
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,21 @@ _WRAPPERS = ("state_dict", "model", "blobs")
 # What a flat pickle of Detectron has beside weights
 _NO_WEIGHTS = ("weight_order", "cfg")
 _ZIP_START = b"PK\x03\x04"
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """The weights of a file, and what else in it tells how they were trained.
+
+    Args:
+        weights: Tensors by the names of the source.
+        config: The text of mmdetection's config, ``None`` without one.
+        of_trainer: Whether a Trainer of Composer has written the file, with the algorithms of its run.
+    """
+
+    weights: dict[str, Tensor]
+    config: str | None
+    of_trainer: bool
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -44,11 +60,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             weights, or those of a run or of a conversion of this package, which have other ways in. The message names
             what was refused.
     """
+    return read_published(path).weights
+
+
+def read_published(path: str | Path) -> PublishedFile:
+    """:func:`read_checkpoint`, with what else the file tells."""
+    content = _content_of(path)
+    weights = _weights_in(content, str(path))
+    of_trainer = isinstance(content, Mapping) and isinstance(content.get("state"), Mapping)
+    return PublishedFile(weights, _config_in(content), of_trainer)
+
+
+def _content_of(path: str | Path) -> Any:
     place = Path(path)
     if not place.is_file():
         raise ValueError(f"`path` (={str(path)!r}) must be a file, and there is none. Is the path right?")
     try:
-        content = _load(place)
+        return _load(place)
     except RefusedPickleError as error:
         raise ValueError(f"`path` (={str(path)!r}) is refused: {error}") from error
     except OSError:
@@ -58,7 +86,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"`path` (={str(path)!r}) must be a file of weights by torch.save, pickle, numpy.savez or safetensors, and "
             "it is not: it is of another format, or cut off."
         ) from error
-    return _weights_in(content, str(path))
+
+
+def _config_in(content: Any) -> str | None:
+    """The text under ``"meta"``: of mmdetection 1 and 2 as ``"config"``, of 3 as ``"cfg"``."""
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    texts = [meta.get(key) for key in ("config", "cfg")] if isinstance(meta, Mapping) else []
+    return next((text for text in texts if isinstance(text, str)), None)
 
 
 def _load(path: Path) -> Any:

@@ -69,7 +69,7 @@ def kind_of(model: str) -> str:
     Raises:
         ValueError: If `model` is not one of ``MODELS``.
     """
-    if model not in MODELS:
+    if not isinstance(model, str) or model not in MODELS:
         raise ValueError(f"`model` (={model!r}) must be one of {', '.join(MODELS)}.")
     return MODELS[model][0]
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ws_algorithm.recipes import registry
 from ws_algorithm.recipes.freezing import freeze
-from ws_algorithm.recipes.origins import image_difference, unchecked_origin
+from ws_algorithm.recipes.origins import Origin, image_difference, mean_and_std, unchecked_origin
 from ws_algorithm.recipes.parameter_groups import parameter_groups
 from ws_algorithm.recipes.schema import Recipe, RecipeError
 from ws_algorithm.recipes.signatures import check_arguments
@@ -115,10 +115,19 @@ def check_images(source: str, recipe: Recipe, train: DataSpec | None, evaluation
         as_data = next((way for way in offered if way is not None), None)
         difference = image_difference(origin, as_data) if as_data else unknown.append(key)
         if difference is not None:
-            raise RecipeError(source, [f"`{key}`: the weights of `model.pretrained` {difference}."])
+            fix = _image_fix(origin, key, getattr(recipe, key))
+            raise RecipeError(source, [f"`{key}`: the weights of `model.pretrained` {difference}.{fix}"])
     if unknown:
         keys = " and ".join(f"`{key}`" for key in unknown)
         log.warning("Whether the images of %s are what the weights of `model.pretrained` expect is not known.", keys)
+
+
+def _image_fix(origin: Origin, key: str, block: dict[str, Any]) -> str:
+    """What to set so that data give images as weights expect them, where the data's builder has arguments for it."""
+    if not {"mean", "std"} <= inspect.signature(registry.DATA[block["name"]]).parameters.keys():
+        return ""
+    mean, std = (str(values).replace(" ", "") for values in mean_and_std(origin.image_input))
+    return f" Set {key}.mean={mean} {key}.std={std}."
 
 
 def _classes_of(spec: DataSpec) -> list[str]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
+import json
 from pathlib import Path
-
-from torchvision.datasets import CocoDetection
+from typing import Any
 
 LISTS = ("images", "annotations", "categories")
 
 
-def read_coco(root: str | Path, images: str, annotations: str) -> CocoDetection:
+def read_coco(root: str | Path, images: str, annotations: str) -> dict[str, Any]:
     """Read an annotation file.
 
     Args:
         root: The folder of the data set.
         images: The folder of the images in it.
         annotations: The annotation file in it.
+
+    Returns:
+        Its content, in which ``images``, ``annotations`` and ``categories`` are lists. Their entries may be anything.
 
     Raises:
         ValueError: If pycocotools, the folder or the file is missing, or the file is no COCO annotations.
@@ -34,14 +35,14 @@ def read_coco(root: str | Path, images: str, annotations: str) -> CocoDetection:
             f"expected {folder}/<image> and {file}."
         )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            source = CocoDetection(folder, str(file))
-    except (ValueError, AssertionError, KeyError, TypeError) as error:
-        problem = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{file} cannot be read as COCO annotations ({problem}).") from error
-    lacking = [name for name in LISTS if not isinstance(source.coco.dataset.get(name), list)]
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as COCO annotations ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} cannot be read as COCO annotations (it is no object with {', '.join(LISTS)}).")
+    lacking = [name for name in LISTS if not isinstance(content.get(name), list)]
     if lacking:
         raise ValueError(f"{file} has no list of {', '.join(lacking)}; COCO's format has {', '.join(LISTS)}.")
-    if not source.coco.dataset["categories"]:
+    if not content["categories"]:
         raise ValueError(f"{file} has no categories.")
-    return source
+    return content

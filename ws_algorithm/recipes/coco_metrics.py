@@ -46,7 +46,8 @@ def coco_metrics(*, masks: bool) -> dict[str, Metric]:
 
     Update each with predictions and targets. A prediction has ``boxes (N, 4)`` as corners, ``scores``, ``labels`` and,
     for masks, ``masks (N, 1, H, W)`` or ``(N, H, W)``, in which 0.5 and more is the object; the 100 best of an image
-    count. A target has no ``scores``, and may say ``iscrowd`` and ``area``, which else is the area of the mask or box.
+    count. A target has no ``scores``, and may say ``iscrowd`` and ``area``, from 0 on, which else is the area of the
+    mask or box.
 
     Raises:
         ValueError: If pycocotools is not installed.
@@ -106,7 +107,8 @@ class CocoEvaluation(MeanAveragePrecision):
     """torchmetrics' evaluation by pycocotools, with COCO's own thresholds and any number of images on each process.
 
     torchmetrics rounds the thresholds to float32, and 0.1 is then not the recall of one object in ten. It also waits
-    for ever where one process has more images than another, as the last batch of a data set may.
+    for ever where one process has more images than another, as the last batch of a data set may, and takes an area of 0
+    for one that is not stated.
 
     It offers what ``ws-algorithm evaluate`` asks the ``evaluation`` of a metric for: a table, and a file of results.
     """
@@ -238,6 +240,9 @@ def _on_cpu(item: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
     if "masks" in result:
         masks = result["masks"]
         result["masks"] = ((masks[:, 0] if masks.ndim == 4 else masks) >= 0.5).to(torch.uint8)
+    if "area" in result:  # COCO only compares areas, with 0, 32 x 32 and more: the least number counts as 0 does
+        areas = result["area"].cpu().double()
+        result["area"] = torch.where(areas == 0, torch.finfo(torch.float64).tiny, areas)
     return {key: tensor.cpu() for key, tensor in result.items()}
 
 

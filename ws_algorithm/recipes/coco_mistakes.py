@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 Entry = Mapping[str, Any]
 
 THIN = 0.01  # pixels: a side that may be nothing once it is rounded to float32
+HUGE = 1e18  # whose square is still a number of float32
+FLAT = 1e-9  # as a share of a polygon's width times height: points this near to its diagonal are on it
+
+
+class GoodEntries(NamedTuple):
+    """Entries of an annotation file that are well-formed."""
+
+    images: list[Entry]
+    annotations: list[Entry]
+    categories: list[Entry]
 
 
 class Mistakes:
@@ -28,7 +37,7 @@ class Mistakes:
         return "; ".join(f"{kind}: {len(names)} ({_some(names)})" for kind, names in self.of_kind.items())
 
 
-def sort_out(content: Mapping[str, Any], folder: Path, *, masks: bool) -> tuple[list[Entry], list[Entry], Mistakes]:
+def sort_out(content: Mapping[str, Any], folder: Path, *, masks: bool) -> tuple[GoodEntries, Mistakes]:
     """Part the entries of an annotation file into good and malformed ones.
 
     Args:
@@ -37,36 +46,39 @@ def sort_out(content: Mapping[str, Any], folder: Path, *, masks: bool) -> tuple[
         masks: Whether segmentations are looked at too.
 
     Returns:
-        The good images; the good annotations on them; the mistakes. Annotations on a malformed image are left out and
-        are no mistakes of their own.
+        The good entries, and the mistakes. Annotations on a malformed image are left out and are no mistakes of their
+        own.
     """
     mistakes = Mistakes()
     categories = _good(content["categories"], "category", mistakes, lambda category: None)
     has_file = _file_finder(folder)
     images = _good(content["images"], "image", mistakes, lambda image: _mistake_in_image(image, has_file))
-    listed = {image.get("id") for image in content["images"]}
+    listed = {_hashable(image.get("id")) for image in content["images"] if isinstance(image, dict)} - {None}
 
     def mistake_in(annotation: Entry) -> str | None:
-        image = images.get(annotation["image_id"])
+        number = _hashable(annotation.get("image_id"))
+        image = images.get(number)
         if image is None:
-            return None if annotation["image_id"] in listed else "annotation on an image that is not listed"
+            return None if number in listed else "annotation on an image that is not listed"
         return _mistake_in_annotation(annotation, image, categories, masks)
 
     annotations = _good(content["annotations"], "annotation", mistakes, mistake_in)
-    return list(images.values()), [a for a in annotations.values() if a["image_id"] in images], mistakes
+    on_good_images = [a for a in annotations.values() if _hashable(a.get("image_id")) in images]
+    return GoodEntries(list(images.values()), on_good_images, list(categories.values())), mistakes
 
 
 def _good(
-    entries: list[Entry], what: str, mistakes: Mistakes, mistake_in: Callable[[Entry], str | None]
-) -> dict[int, Entry]:
+    entries: list[Any], what: str, mistakes: Mistakes, mistake_in: Callable[[Entry], str | None]
+) -> dict[Any, Entry]:
     """The good entries of a list by id. The first of several with one id is the good one."""
-    good: dict[int, Entry] = {}
+    good: dict[Any, Entry] = {}
     seen = set()
     for position, entry in enumerate(entries):
-        number = entry.get("id")
-        if not isinstance(number, int):
-            mistakes.of_kind[f"{what} whose id is no integer"].append(f"position {position}")
-        elif number in seen:
+        number = entry.get("id") if isinstance(entry, dict) else None
+        if not _is_integer(number):
+            mistakes.of_kind[f"{what} whose id is no integer of 64 bits"].append(f"position {position}")
+            continue
+        if number in seen:
             mistakes.of_kind[f"{what} with the id of another"].append(str(number))
         elif (kind := mistake_in(entry)) is not None:
             mistakes.of_kind[kind].append(str(entry.get("file_name", number)))
@@ -78,14 +90,19 @@ def _good(
 
 def _mistake_in_image(image: Entry, has_file: Callable[[str], bool]) -> str | None:
     name, sides = image.get("file_name"), (image.get("width"), image.get("height"))
-    if not isinstance(name, str) or not all(isinstance(side, int) and side > 0 for side in sides):
+    if not isinstance(name, str) or not all(_is_integer(side) and side > 0 for side in sides):
         return "image without file_name, or without width and height in pixels"
     return None if has_file(name) else "missing image file"
 
 
 def _mistake_in_annotation(annotation: Entry, image: Entry, categories: Collection[int], masks: bool) -> str | None:
-    if annotation.get("category_id") not in categories:
+    if _hashable(annotation.get("category_id")) not in categories:
         return "unknown category"
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        return "iscrowd that is not 0 or 1"
+    area = annotation.get("area")
+    if area is not None and not (_are_numbers([area]) and area >= 0):
+        return "area that is no number from 0 on"
     kind = _mistake_in_box(annotation.get("bbox"), image)
     if kind is None and masks:
         kind = _mistake_in_segmentation(annotation.get("segmentation"), image)
@@ -105,14 +122,47 @@ def _mistake_in_box(box: Any, image: Entry) -> str | None:
 
 def _mistake_in_segmentation(segmentation: Any, image: Entry) -> str | None:
     if isinstance(segmentation, list):
-        good = segmentation and all(_is_polygon(polygon) for polygon in segmentation)
-        return None if good else "polygon of fewer than three points, or of an odd count of numbers"
+        return _mistake_in_polygons(segmentation, image["width"], image["height"])
     if not isinstance(segmentation, dict):
         return "no segmentation"
     height, width = image["height"], image["width"]
     runs = _runs(segmentation.get("counts"))
     good = segmentation.get("size") == [height, width] and runs and min(runs) >= 0 and sum(runs) == height * width
-    return None if good else "run lengths that do not fill the image"
+    if not good:
+        return "run lengths that do not fill the image"
+    return None if any(runs[1::2]) else "segmentation without area"
+
+
+def _mistake_in_polygons(polygons: list[Any], width: int, height: int) -> str | None:
+    if not polygons:
+        return "empty segmentation"
+    if not all(_is_polygon(polygon) for polygon in polygons):
+        return "polygon of fewer than three points, or of an odd count of numbers"
+    # pycocotools needs memory for every pixel of an outline, wherever it is
+    if not all(_is_near(polygon[::2], width) and _is_near(polygon[1::2], height) for polygon in polygons):
+        return "polygon more than a width or height outside its image"
+    with_area = [polygon for polygon in polygons if _has_area(polygon[::2], polygon[1::2])]
+    if not with_area:
+        return "segmentation without area"
+    seen = any(_reaches(polygon[::2], width) and _reaches(polygon[1::2], height) for polygon in with_area)
+    return None if seen else "segmentation outside its image"
+
+
+def _is_near(places: list[float], side: int) -> bool:
+    return -side <= min(places) and max(places) <= 2 * side
+
+
+def _reaches(places: list[float], side: int) -> bool:
+    return max(places) > 0 and min(places) < side
+
+
+def _has_area(xs: list[float], ys: list[float]) -> bool:
+    """Whether points are not all on one line: it would be one diagonal of their bounding box."""
+    left, top, width, height = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+    tolerance = FLAT * width * height
+    down = ((x - left) * height - (y - top) * width for x, y in zip(xs, ys, strict=True))
+    up = ((x - left) * height - (top + height - y) * width for x, y in zip(xs, ys, strict=True))
+    return any(abs(off) > tolerance for off in down) and any(abs(off) > tolerance for off in up)
 
 
 def _is_polygon(points: Any) -> bool:
@@ -120,7 +170,16 @@ def _is_polygon(points: Any) -> bool:
 
 
 def _are_numbers(values: list[Any]) -> bool:
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    return all(isinstance(value, int | float) and abs(value) <= HUGE for value in values)
+
+
+def _is_integer(value: Any) -> TypeGuard[int]:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _hashable(value: Any) -> Any:
+    """What may be looked up among ids; lists and objects are none."""
+    return value if isinstance(value, Hashable) else None
 
 
 def _runs(counts: Any) -> list[int]:

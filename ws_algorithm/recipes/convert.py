@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,25 +13,39 @@ import torch
 from omegaconf import OmegaConf
 
 from ws_algorithm.checkpoints.conversion import ConvertedCheckpoint, convert_checkpoint
-from ws_algorithm.checkpoints.reading import read_checkpoint
+from ws_algorithm.checkpoints.reading import PublishedFile, read_published
+from ws_algorithm.checkpoints.sources import IMAGENET
 from ws_algorithm.checkpoints.targets import MODELS
 from ws_algorithm.formula import Formula
+from ws_algorithm.recipes.origins import mean_and_std
+from ws_algorithm.recipes.pretrained import input_difference
 from ws_algorithm.recipes.schema import RecipeError
 
+log = logging.getLogger(__name__)
+
 LIBRARIES = ("torchvision", "timm")
+_NETWORK = "module"  # what the model of a recipe calls its network
 # The builder that a recipe names for each kind of model
 BUILDERS = {"classifier": "imagenet_resnet", "faster_rcnn": "faster_rcnn", "mask_rcnn": "mask_rcnn"}
 
 
 def convert(
-    checkpoint: str, output: str, *, to: str, model: str, source: str | None = None, overwrite: bool = False
+    checkpoint: str,
+    output: str,
+    *,
+    to: str,
+    model: str,
+    source: str | None = None,
+    formula: str | None = None,
+    overwrite: bool = False,
 ) -> ConvertedCheckpoint:
     """Convert a file of published weights, write it and its recipe, and print what it is.
 
     `output` is written by ``torch.save``: ``{"state_dict": ..., "ws_algorithm": {"source", "model", "formula",
     "image_input", "options", "include"}}``, in plain values that ``weights_only=True`` reads. Beside it, with the
     suffix ``.yaml``, is a recipe to be used as a ``base``: the model with these weights and the options that they were
-    trained with, and ``WeightStandardization`` by their formula. Networks that no recipe builds get none. Files appear
+    trained with, ``WeightStandardization`` by their formula, and for a classifier the mean and standard deviation of
+    the data where they are not ImageNet's. Networks that no recipe builds get none. Files appear
     whole or not at all.
 
     Args:
@@ -39,13 +54,16 @@ def convert(
         to: The library whose names the weights get: ``"torchvision"``, or ``"timm"`` for ``resnetv2_*_bit``.
         model: The model that the weights are for; see :func:`~ws_algorithm.checkpoints.conversion.convert_checkpoint`.
         source: Where the weights are from. Default: ``None``, by their names.
+        formula: What they were trained with, a name in ``FORMULAS`` or ``"none"``, where it is not that of the source.
+            Default: ``None``, that of the source.
         overwrite: Whether files that are there may be replaced. Default: ``False``.
 
     Returns:
         What was written.
 
     Raises:
-        RecipeError: If an argument is wrong, the file is refused or does not fit the model, or nothing can be written.
+        RecipeError: If an argument is wrong, the file is refused or does not fit the model, the config in it has no
+            Weight Standardization and `formula` is not given, or nothing can be written.
     """
     place = Path(output).expanduser()
     recipe = place.with_suffix(".yaml")
@@ -56,7 +74,10 @@ def convert(
     if mistakes:
         raise RecipeError("ws-algorithm convert", mistakes)
     try:
-        converted = convert_checkpoint(read_checkpoint(Path(checkpoint).expanduser()), source, model=model)
+        read = read_published(Path(checkpoint).expanduser())
+        converted = convert_checkpoint(read.weights, source, model=model, formula=formula)
+        if formula is None:
+            _check_formula(converted, read, checkpoint)
         blocks = recipe_of(converted, place)
         writers: dict[Path, Callable[[Path], object]] = {place: lambda path: torch.save(content_of(converted), path)}
         if blocks is not None:
@@ -93,9 +114,30 @@ def recipe_of(converted: ConvertedCheckpoint, place: Path) -> dict[str, Any] | N
         model = {"arch": arch, "norm": converted.options["norm"]}  # a backbone, of whatever model a recipe names
     blocks: dict[str, Any] = {"model": {**model, "pretrained": str(place.resolve())}}
     if converted.formula is not None:
-        which = {"layers": "normalized"} if converted.include is None else {"include": list(converted.include)}
+        which: dict[str, Any] = {"layers": "normalized"}
+        if converted.include is not None:
+            which = {"layers": "all", "include": [f"{_NETWORK}.{name}" for name in converted.include]}
         blocks["algorithms"] = {"WeightStandardization": {**which, "formula": converted.formula}}
+    if model.get("name") == BUILDERS["classifier"] and input_difference(converted.image_input, IMAGENET) is not None:
+        mean, std = mean_and_std(converted.image_input)
+        blocks |= {key: {"mean": mean, "std": std} for key in ("train_dataloader", "eval_dataloader")}
     return blocks
+
+
+def _check_formula(converted: ConvertedCheckpoint, read: PublishedFile, checkpoint: str) -> None:
+    """Refuse the formula of a source that its file contradicts, and warn of one that is only likely."""
+    if converted.formula is not None and read.config is not None and "ConvWS" not in read.config:
+        raise ValueError(
+            f"`--formula` must be given: {converted.source!r} is trained with {converted.formula!r}, and the config in "
+            f"{checkpoint} has no ConvWS. Give `--formula none` if the weights were trained without standardization, "
+            f"`--formula {converted.formula}` if with it."
+        )
+    if converted.source == "composer" and not read.of_trainer:
+        log.warning(
+            "Formula 'composer' is assumed: %s does not say which it is, and networks of this package have the same "
+            "names under other formulas. Give `--formula` if it was another.",
+            checkpoint,
+        )
 
 
 def _mistakes_in_target(to: str, model: str) -> Sequence[str]:

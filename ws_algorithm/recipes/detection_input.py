@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from torch import Tensor
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torch.nn.functional import interpolate
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 from ws_algorithm.checkpoints.sources import ImageInput
 
@@ -37,7 +38,8 @@ class DetectionInput(GeneralizedRCNNTransform):
         image_format: What the network sees of images in RGB from 0 to 1: ``"rgb"``, with ImageNet's mean and standard
             deviation; ``"bgr255"``, as Detectron: BGR from 0 to 255 with the mean 102.9801, 115.9465, 122.7717.
 
-    Padded heights and widths are multiples of 32.
+    Padded heights and widths are multiples of 32. A shorter side of less than a pixel, at the longest that the longer
+    one becomes, is a pixel.
 
     Raises:
         ValueError: If `image_format` is not one of these.
@@ -50,3 +52,17 @@ class DetectionInput(GeneralizedRCNNTransform):
 
     def normalize(self, image: Tensor) -> Tensor:
         return super().normalize(image if self.image_format == "rgb" else 255 * image.flip(0))
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        sides = image.shape[-2:]
+        shrinkage = self.max_size / max(sides)
+        if min(sides) * shrinkage >= 1:
+            return super().resize(image, target)
+        size = [max(1, int(side * shrinkage)) for side in sides]
+        image = interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+        if target is None:
+            return image, None
+        target = target | {"boxes": resize_boxes(target["boxes"], list(sides), size)}
+        if "masks" in target:
+            target["masks"] = interpolate(target["masks"][:, None].float(), size=size)[:, 0].byte()
+        return image, target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,10 +30,12 @@ from ws_algorithm.recipes.closing import close_trainer
 from ws_algorithm.recipes.image_files import DataError
 from ws_algorithm.recipes.loaded_run import TrainedRecipe, begin_processes, checkpoint_of, find_trained, load_trained
 from ws_algorithm.recipes.schema import RecipeError, in_one_line
+from ws_algorithm.rescaling import Rescaler
 from ws_algorithm.state_dicts import plain_state_dict
 
 TOLERANCE = 1e-5
 MAX_IMAGES = 4
+RAW_WEIGHT = "parametrizations.weight.original"
 
 Inputs = Tensor | list[Tensor]
 
@@ -66,9 +69,10 @@ def export(
 
     Raises:
         RecipeError: If the recipe has mistakes, no evaluation data or no checkpoint, the format needs a package that is
-            not installed or is not possible for the network, `output` cannot be written, or the outputs differ by more
-            than ``1e-5`` of the largest and more than four times what rounding changes: the difference between the
-            trained network and itself in double precision. Nothing has been written then.
+            not installed or is not possible for the network, `output` cannot be written, `plain` is asked of weights
+            with gain and shift, or the outputs differ by more than ``1e-5`` of the largest and more than four times
+            what rounding changes: the difference between the trained network and itself in double precision. Nothing
+            has been written then.
     """
     trained = find_trained(source, overrides)
     begin_processes(trained.recipe)
@@ -87,9 +91,15 @@ def export(
             "on them; such a network can be exported as state_dict or safetensors.",
         )
     with build.cpu_threads(trained.recipe), torch.no_grad():
-        trainer, model = load_trained(trained, checkpoint)
+        trainer, model = _load(trained, checkpoint)
         network = _evaluated_network(trainer, model, data)
         close_trainer(trainer)
+        if plain and any(isinstance(part, Rescaler) for part in network.modules()):
+            raise _refusal(
+                trained,
+                "`--plain`: the weights of this network have gain and shift (formula affine or scaled), without which "
+                "the raw weights are another network. Leave `--plain` out to write the weights that it computes with.",
+            )
         difference = _write_checked(trained, network, inputs, file_format, path, plain)
     _report(file_format, path, inputs, difference, checkpoint)
     return path
@@ -103,7 +113,7 @@ def _place_of(
         return None, [f"`--format` (={file_format!r}) must be one of {', '.join(FORMATS)}."]
     chosen, errors = FORMATS[file_format], []
     if plain and isinstance(chosen, GraphFormat):
-        errors.append(f"--plain: {file_format} is the network itself, folded. Use state_dict or safetensors.")
+        errors.append(f"`--plain`: {file_format} is the network itself, folded. Use state_dict or safetensors.")
     if dist.get_world_size() > 1:
         errors.append("one process writes the file: start one.")
     try:
@@ -134,6 +144,19 @@ def _first_inputs(trained: TrainedRecipe, data: DataSpec) -> Inputs:
         return [image.cpu() for image in images][:MAX_IMAGES]
     images = images[:MAX_IMAGES].cpu()
     return torch.cat([images, images]) if len(images) == 1 else images
+
+
+def _load(trained: TrainedRecipe, checkpoint: str) -> tuple[Trainer, Any]:
+    try:
+        return load_trained(trained, checkpoint)
+    except RecipeError as error:
+        if "WeightStandardization" in (trained.recipe.algorithms or {}) or f".{RAW_WEIGHT}" not in str(error):
+            raise
+        raise _refusal(
+            trained,
+            f"`algorithms` (={json.dumps(trained.recipe.algorithms)}): without WeightStandardization, with which the "
+            f"checkpoint {checkpoint!r} was trained. Leave `algorithms` as the recipe of the run has it.",
+        ) from error
 
 
 def _evaluated_network(trainer: Trainer, model: Any, data: DataSpec) -> nn.Module:

@@ -68,6 +68,7 @@ class ImageFiles(VisionDataset):
         self.names, self.labels, self.classes = names, labels, classes
         self.blank, self.max_corrupt_share, self.sizes = blank, max_corrupt_share, sizes
         self.is_corrupt = torch.zeros(len(names), dtype=torch.bool).share_memory_()
+        self._last_reason = ""  # of those that this process has met
 
     def __len__(self) -> int:
         return len(self.names)
@@ -81,7 +82,10 @@ class ImageFiles(VisionDataset):
             if image is not None:
                 return self.transform(image), self.labels[position]  # pyright: ignore[reportOptionalCall]
         if self.blank is None:
-            raise DataError(f"None of the {len(self)} images in {self.root} can be read: {self._corrupt_names()}.")
+            raise DataError(
+                f"None of the {len(self)} images in {self.root} can be read: {self._corrupt_names()}."
+                f"{self._last_reason}"
+            )
         return self.blank, self.labels[index]
 
     def image_input(self, image: Image.Image) -> Any:
@@ -106,7 +110,10 @@ class ImageFiles(VisionDataset):
             except Exception as error:  # decoders meet broken files with errors of many types
                 self.is_corrupt[position] = True
                 instead = "the next image takes its place" if self.blank is None else "it counts as a blank image"
-                log.warning("%s cannot be read (%s); %s.", self.path(position), reason_of(error), instead)
+                reason = reason_of(error)
+                log.warning("%s cannot be read (%s); %s.", self.path(position), reason, instead)
+                if self.sizes is not None:  # it may be whole, and of another size
+                    self._last_reason = f" The last: {os.path.relpath(self.path(position), self.root)}, {reason}."
         self._check_share()
         return None
 
@@ -115,8 +122,8 @@ class ImageFiles(VisionDataset):
         if count > self.max_corrupt_share * len(self):
             raise DataError(
                 f"{count} of {len(self)} images in {self.root} cannot be read ({100 * count / len(self):.3g} %), more "
-                f"than `max_corrupt_share` (={self.max_corrupt_share}) allows: {self._corrupt_names()}. Mend or remove "
-                "them, or raise max_corrupt_share."
+                f"than `max_corrupt_share` (={self.max_corrupt_share}) allows: {self._corrupt_names()}."
+                f"{self._last_reason} Mend or remove them, or raise max_corrupt_share."
             )
 
     def _corrupt_names(self) -> str:
@@ -137,10 +144,23 @@ def read_rgb(path: str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB; of 16 bits the upper eight are kept, transparency is dropped."""
+    """An image of any mode in RGB; of 16 bits the upper eight are kept, transparency is dropped.
+
+    Raises:
+        ValueError: If pixels are floating-point numbers other than from 0 to 255, or up to 1 alone and not all 0.
+    """
+    if image.mode == "F":
+        _check_floats(np.asarray(image))
     if image.mode.startswith("I"):  # PIL would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _check_floats(pixels: np.ndarray) -> None:
+    """Refuse what would come out black or white."""
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low == high == 0 or (0 <= low and 1 < high <= 255)):
+        raise ValueError(f"floating-point pixels from {low:.3g} to {high:.3g} instead of 0 to 255")
 
 
 def _check_size(image: Image.Image, size: Tensor) -> None:

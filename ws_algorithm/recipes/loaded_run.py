@@ -15,6 +15,7 @@ from composer.models import ComposerModel
 from composer.utils import dist, get_device, reproducibility
 
 from ws_algorithm.recipes import build, run_folder
+from ws_algorithm.recipes.catalogue import find_recipe
 from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.resolve import resolve_recipe
 from ws_algorithm.recipes.schema import Recipe, RecipeError, in_one_line
@@ -52,6 +53,8 @@ def find_trained(source: str, overrides: Sequence[str]) -> TrainedRecipe:
         own = [override for override in overrides if override.startswith("load_path=")]
         overrides = [*overrides, *(own or [f"load_path={json.dumps(str(_checkpoint_of(source, folder)))}"])]
         overrides += _without_pretrained(Path(source))
+    else:
+        _check_is_there(source)
     recipe = resolve_recipe(source, overrides)
     return TrainedRecipe(source, recipe, folder if in_folder else None)
 
@@ -129,6 +132,14 @@ def _state_with_algorithms(checkpoint: Path) -> dict[str, Any] | None:
         return None
     state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["state"]
     return state if any(set(kept) - {"repr"} for _, kept in state.get("algorithms", [])) else None
+
+
+def _check_is_there(source: str) -> None:
+    try:
+        find_recipe(source)
+    except ValueError as error:
+        no_run = f"Nor is it the folder of a run: there is no {Path(source) / run_folder.RECIPE}."
+        raise RecipeError(source, [f"{error} {no_run}"]) from error
 
 
 def _without_pretrained(recipe_of_run: Path) -> list[str]:

@@ -24,7 +24,7 @@ def object_targets(
     """The objects of an image.
 
     Args:
-        annotations: Well-formed, as COCO has them.
+        annotations: Well-formed, as COCO has them; ``iscrowd``, where it is, is a number.
         image_id: Of the image.
         size: Its height and width.
         label_of: Labels by category id.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,16 @@ class Origin:
         source: Where they are from.
         formula: The Weight Standardization that they were trained with, a name in ``FORMULAS``; ``None`` for none.
         image_input: What they expect to see of an image.
+        options: Arguments of the model's builder that they were trained with.
+        include: The convolutions that were standardized, as the file names them. Default: ``None``, those that a norm
+            follows.
     """
 
     source: str
     formula: str | None
     image_input: ImageInput
+    options: Mapping[str, Any] = field(default_factory=dict)
+    include: tuple[str, ...] | None = None
 
 
 def load_pretrained(
@@ -114,6 +119,12 @@ def read_origin(pretrained: str) -> Origin | None:
         ValueError: If there is no such file, or it holds no state dict.
     """
     return _read(pretrained, "meta")[1]
+
+
+def kernels_in(pretrained: str) -> list[str]:
+    """The layers of a file that may be convolutions; of what it is raises as :func:`read_origin` does."""
+    tensors = _read(pretrained, "meta")[0]
+    return [key.removesuffix(".weight") for key, t in tensors.items() if t.ndim > 2 and key.endswith(".weight")]
 
 
 def has_module(pretrained: str, name: str) -> bool:
@@ -201,7 +212,10 @@ def _origin_in(content: Any, pretrained: str) -> Origin | None:
         image_input = ImageInput(seen["channels"], float(seen["scale"]), mean, std)  # pyright: ignore[reportArgumentType]
         if seen["channels"] not in ("rgb", "bgr"):
             raise ValueError(seen["channels"])
-        return Origin(str(entry["source"]), _name_of(entry["formula"]), image_input)
+        include = entry.get("include")
+        include = None if include is None else tuple(map(str, include))
+        options = dict(entry.get("options", {}))
+        return Origin(str(entry["source"]), _name_of(entry["formula"]), image_input, options, include)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"`pretrained` (={pretrained!r}) must say what its weights are as `ws-algorithm convert` writes it, and "

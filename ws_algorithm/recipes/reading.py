@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,18 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ws_algorithm.recipes.catalogue import find_recipe, name_of
-from ws_algorithm.recipes.schema import BASE, Recipe, RecipeError, first_line, in_one_line, recipe_of
+from ws_algorithm.recipes.schema import (
+    BASE,
+    DATA_BLOCKS,
+    REFERRED_TO,
+    Recipe,
+    RecipeError,
+    first_line,
+    in_one_line,
+    recipe_of,
+)
+
+log = logging.getLogger(__name__)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
@@ -144,6 +156,7 @@ def _apply_overrides(config: Any, overrides: Sequence[str]) -> tuple[dict[Any, A
             OmegaConf.update(config, key, parsed["value"], merge=False, force_add=True)  # pyright: ignore
         except (ValueError, OmegaConfBaseException, YAMLError) as error:
             errors.append(f"override {override!r}: {first_line(error)}.")
+    errors += _without_effect(config, overrides)
     values = {}
     for key in config:
         if OmegaConf.is_missing(config, key):
@@ -154,3 +167,27 @@ def _apply_overrides(config: Any, overrides: Sequence[str]) -> tuple[dict[Any, A
         except OmegaConfBaseException as error:
             errors.append(f"`{getattr(error, 'full_key', None) or key}`: {first_line(error)}.")
     return values, errors
+
+
+def _without_effect(config: Any, overrides: Sequence[str]) -> list[str]:
+    """A mistake for each override of a key that does nothing by itself, if the data have one of their own.
+
+    Where the data have none, such as those that ship with a library, a warning tells.
+    """
+    values = OmegaConf.to_container(config)
+    assert isinstance(values, dict), "a recipe is a mapping"
+    overridden = {override.partition("=")[0] for override in overrides}
+    errors = []
+    for name in REFERRED_TO:
+        if name not in overridden or re.search(rf"\$\{{\s*\.*{name}\s*\}}", str(values)):
+            continue
+        blocks = [key for key in DATA_BLOCKS if isinstance(values.get(key), dict) and name in values[key]]
+        line = (
+            f"`{name}` (={values.get(name)!r}): nothing in this recipe refers to it as ${{{name}}}, so the override "
+            "would change nothing."
+        )
+        if blocks:
+            errors.append(f"{line} Override {' and '.join(f'`{key}.{name}`' for key in blocks)}.")
+        else:
+            log.warning("%s Leave it out.", line)
+    return errors

@@ -26,7 +26,7 @@ from ws_algorithm.recipes import build, freezing, registry
 from ws_algorithm.recipes.catalogue import find_recipe
 from ws_algorithm.recipes.linear_rule import apply_linear_rule, check_linear_rule
 from ws_algorithm.recipes.metrics import check_metrics
-from ws_algorithm.recipes.origins import take_formula
+from ws_algorithm.recipes.origins import check_standardized, misfitting_options, take_formula
 from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.schema import Recipe, RecipeError, check_batch_sizes, did_you_mean, first_line
 from ws_algorithm.recipes.signatures import MISSING_VALUE, check_arguments
@@ -74,7 +74,7 @@ def resolve_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
             errors += _check_entry(key, name, arguments, names)
     errors += check_values(recipe) + check_batch_sizes(recipe, dist.get_world_size())
     recipe, misfits = take_formula(recipe)
-    errors += misfits + check_linear_rule(recipe)
+    errors += misfits + _check_options(recipe) + check_linear_rule(recipe)
     if not any(error.startswith("`lr_base_batch_size`") for error in errors):
         recipe = apply_linear_rule(recipe)
     errors += _check_by_building(recipe, errors)
@@ -205,7 +205,7 @@ def _check_by_building(recipe: Recipe, found: Sequence[str]) -> list[str]:
             attempt("algorithms.GroupNormalization", partial(replace_batch_norms, model, algorithm.rules))
         if model is not None and built.get("WeightStandardization") and not _OTHER_SURGERY & built.keys():
             (algorithm,) = built["WeightStandardization"]
-            attempt("algorithms.WeightStandardization", partial(_try_selection, algorithm, model))
+            attempt("algorithms.WeightStandardization", partial(_try_selection, recipe, algorithm, model))
     return errors + check_metrics(recipe, model)
 
 
@@ -220,9 +220,18 @@ def _try_group(recipe: Recipe, group: dict[str, Any]) -> None:
     _try_optimizer(recipe, **build.group_options(recipe.optimizers, group))
 
 
-def _try_selection(algorithm: WeightStandardization, model: ComposerModel) -> None:
+def _check_options(recipe: Recipe) -> list[str]:
+    name = (recipe.model or {}).get("name")
+    if not isinstance(name, str) or name not in registry.MODELS:
+        return []
+    return misfitting_options(recipe, registry.MODELS[name])
+
+
+def _try_selection(recipe: Recipe, algorithm: WeightStandardization, model: ComposerModel) -> None:
     """Look for the layers that Weight Standardization is to find, where no other surgery will have changed them."""
-    check_selection(select_convolutions(model, algorithm.rules))
+    selection = select_convolutions(model, algorithm.rules)
+    check_selection(selection)
+    check_standardized(recipe, model, selection)
 
 
 def _try_scheduler(recipe: Recipe) -> None:

@@ -83,7 +83,7 @@ class RunLog(LoggerDestination):
         if position["seconds"]:
             words.append(f"{position['sample'] / position['seconds']:.0f} images/s")
         log.info("epoch %g%s, batch %d: %s", round(position["epoch"], 2), total, position["batch"], ", ".join(words))
-        self._losses = []
+        self._losses, self._latest = [], {}  # an epoch without an evaluation has no figures of one
 
     def _position(self, state: State) -> dict[str, Any]:
         timestamp = state.timestamp

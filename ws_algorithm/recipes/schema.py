@@ -112,6 +112,8 @@ _FIELD_TYPES = get_type_hints(Recipe)
 _NAMED, _MAPPING = "{name: <name>, <argument>: <value>}", "{<class>: {<argument>: <value>}}"
 BLOCKS = dict.fromkeys(("model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers"), _NAMED)
 BLOCKS |= dict.fromkeys(("algorithms", "callbacks", "loggers"), _MAPPING)
+DATA_BLOCKS = ("train_dataloader", "eval_dataloader")
+REFERRED_TO = ("root", "download")  # these do nothing by themselves: the data blocks refer to them
 
 
 def recipe_of(values: Mapping[Any, Any], found: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
@@ -174,8 +176,34 @@ def check_batch_sizes(recipe: Recipe, world_size: int) -> list[str]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML that reads back to the same recipe."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    """The recipe as YAML that reads back to the same recipe.
+
+    Its data blocks say ``${root}`` and ``${download}`` again, so that overrides of these do what they do elsewhere.
+    """
+    values: dict[str, Any] = with_data_root(recipe, "${root}")
+    for key in DATA_BLOCKS:
+        block = values.get(key, getattr(recipe, key))
+        if isinstance(block, dict) and block.get("download") is recipe.download:
+            values[key] = block | {"download": "${download}"}
+    return OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(recipe, **values)))
+
+
+def with_data_root(recipe: Recipe, root: str) -> dict[str, Any]:
+    """The data blocks of a recipe by key, with `root` in all places that are its own ``root`` or below it."""
+    own = recipe.root
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: inner if key == "name" else replaced(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [replaced(inner) for inner in value]
+        below = own if own and own.endswith("/") else f"{own}/"
+        if own and isinstance(value, str) and (value == own or value.startswith(below)):
+            return root + value[len(own) :]
+        return value
+
+    blocks = {key: getattr(recipe, key) for key in DATA_BLOCKS}
+    return {key: replaced(block) for key, block in blocks.items() if isinstance(block, dict)}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

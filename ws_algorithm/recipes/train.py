@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ from ws_algorithm.recipes.origins import function_that_changes
 from ws_algorithm.recipes.reading import read_recipe
 from ws_algorithm.recipes.resolve import resolve_recipe
 from ws_algorithm.recipes.run_log import RunLog
-from ws_algorithm.recipes.schema import BLOCKS, Recipe, RecipeError, in_one_line, to_yaml
+from ws_algorithm.recipes.schema import BLOCKS, Recipe, RecipeError, in_one_line, to_yaml, with_data_root
+from ws_algorithm.recipes.synthetic import SYNTHETIC
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,7 @@ def _keep_recipe(recipe: Recipe, folder: Path) -> None:
     if dist.get_global_rank() != 0:
         return
     path = folder / run_folder.RECIPE
+    recipe = _for_any_working_folder(recipe)
     if path.exists():
         before, _ = read_recipe(path)
         changed = [
@@ -156,6 +159,14 @@ def _keep_recipe(recipe: Recipe, folder: Path) -> None:
             log.warning("%s continues with a changed recipe: %s.", folder, "; ".join(changed))
     versions = f"ws-algorithm {ws_algorithm.__version__}, Composer {composer.__version__}, torch {torch.__version__}"
     run_folder.write_atomically(path, f"# {recipe.run_name}: resolved recipe; {versions}\n{to_yaml(recipe)}")
+
+
+def _for_any_working_folder(recipe: Recipe) -> Recipe:
+    """The recipe with the absolute path of its ``root``, if that is a folder that is there."""
+    if not recipe.root or recipe.root == SYNTHETIC:
+        return recipe
+    root = os.path.join(os.getcwd(), os.path.expanduser(recipe.root))
+    return dataclasses.replace(recipe, root=root, **with_data_root(recipe, root)) if os.path.exists(root) else recipe
 
 
 def _build_or_refuse(

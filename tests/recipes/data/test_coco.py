@@ -127,6 +127,18 @@ def test_an_area_that_is_not_stated_is_that_of_the_box():
     assert samples(build())[10][1]["area"].tolist() == [12, 30]
 
 
+def test_an_area_or_a_crowd_of_null_is_as_none_at_all():
+    changed = content()
+    changed["annotations"][1] |= {"area": None, "iscrowd": None}
+    changed["annotations"][3]["iscrowd"] = True
+    write(changed)
+    target = samples(build())[10][1]
+
+    assert target["area"].tolist() == [12, 30] and target["iscrowd"].tolist() == [0, 0]
+    assert samples(build())[40][1]["iscrowd"].tolist() == [1, 1]
+    assert set(samples(build(training=True))) == WITH_OBJECTS - {40}
+
+
 def test_boxes_are_clipped_in_training_and_left_alone_in_evaluation():
     changed = content()
     changed["annotations"][0]["bbox"] = [-1.5, 6, 4, 2.25]
@@ -191,7 +203,11 @@ def test_an_image_of_another_size_than_stated_counts_as_unreadable(caplog):
     write()
     Image.fromarray(pixels(10).swapaxes(0, 1)).save("data/train2017/10.png")
 
-    with pytest.raises(ValueError, match=r"1 of 6 images in .*train2017 cannot be read \(16.7 %\).*: 10.png"):
+    says = (
+        r"1 of 6 images in .*train2017 cannot be read \(16.7 %\).*: 10.png\. "
+        r"The last: 10.png, 8x12 pixels instead of the 12x8 that are stated\. Mend"
+    )
+    with pytest.raises(ValueError, match=says):
         samples(build())
     assert "10.png cannot be read (8x12 pixels instead of the 12x8 that are stated)" in caplog.text
 
@@ -263,15 +279,15 @@ def test_refusals(options, says):
     ("text", "says"),
     [
         ("{", r"instances_train2017.json cannot be read as COCO annotations \(Expecting property name"),
-        ("[]", "cannot be read as COCO annotations"),
-        ('{"images": [{}]}', r"cannot be read as COCO annotations \(no 'id'\)"),
+        ("[]", r"cannot be read as COCO annotations \(it is no object with images, annotations, categories\)"),
+        (b"\xff", r"cannot be read as COCO annotations \("),
         ('{"images": []}', "has no list of annotations, categories; COCO's format has images, annotations, categories"),
         ('{"images": [], "annotations": [], "categories": []}', "has no categories"),
     ],
 )
 def test_files_that_are_no_annotations(text, says):
     write()
-    ANNOTATIONS.write_text(text)
+    ANNOTATIONS.write_bytes(text if isinstance(text, bytes) else text.encode())
 
     with pytest.raises(ValueError, match=says):
         build()

@@ -206,28 +206,32 @@ def _read_objects(
     transforms: Any,
     max_corrupt_share: float,
 ) -> CocoObjects:
-    source = read_coco(root, image_folder, annotation_file)
-    folder, file = Path(source.root), Path(root).expanduser() / annotation_file
-    images, annotations, mistakes = sort_out(source.coco.dataset, folder, masks=masks)
+    folder, file = (Path(root).expanduser() / name for name in (image_folder, annotation_file))
+    good, mistakes = sort_out(read_coco(root, image_folder, annotation_file), folder, masks=masks)
     if mistakes:
         message = f"{file}: malformed entries%s: {len(mistakes)}. {mistakes}."
         if malformed == "error":
             raise ValueError(f"{message % ''} Mend them, or set malformed=skip to leave them out.")
         if dist.get_global_rank() == 0:
             log.warning("%s", message % " left out")
-    needed = ("bbox", "category_id", "area", "iscrowd", *(["segmentation"] if masks else []))
-    of_image: dict[int, list[Any]] = {image["id"]: [] for image in images}
-    for annotation in annotations:
-        if not (training and annotation.get("iscrowd", 0)):
-            of_image[annotation["image_id"]].append({key: annotation[key] for key in needed if key in annotation})
-    kept = [image for image in sorted(images, key=lambda image: image["id"]) if of_image[image["id"]] or not training]
+    if not good.categories:
+        raise ValueError(f"{file} has no well-formed category.")
+    needed = ("bbox", "category_id", "area", *(["segmentation"] if masks else []))
+    of_image: dict[int, list[Any]] = {image["id"]: [] for image in good.images}
+    for annotation in good.annotations:
+        crowd = int(annotation.get("iscrowd") or 0)
+        if not (training and crowd):
+            entry = {key: annotation[key] for key in needed if key in annotation} | {"iscrowd": crowd}
+            of_image[annotation["image_id"]].append(entry)
+    in_order = sorted(good.images, key=lambda image: image["id"])
+    kept = [image for image in in_order if of_image[image["id"]] or not training]
     if not kept:
         raise ValueError(f"{file} has no image{' with objects other than crowds' if training else ''}.")
     return CocoObjects(
         folder,
         kept,
         [of_image[image["id"]] for image in kept],
-        source.coco.dataset["categories"],
+        good.categories,
         masks=masks,
         transforms=transforms,
         training=training,

@@ -28,13 +28,15 @@ def build_imagenet_dataspec(
     num_workers: int = 0,
     max_corrupt_share: float = 0.01,
     allow_empty_classes: bool = False,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
 ) -> DataSpec:
     """ImageNet (ILSVRC 2012): 1,281,167 color images for training and 50,000 for validation, in 1,000 classes.
 
-    :func:`build_image_folder_dataspec` with ImageNet's mean and standard deviation. With ``root="synthetic"``, random
-    images in 1,000 classes.
+    :func:`build_image_folder_dataspec`, but that with ``root="synthetic"`` the random images are in 1,000 classes.
     """
     if root == SYNTHETIC:
+        photo_transform(image_size, resize, mean, std, augment=augment and training)  # checks these arguments
         return _synthetic(1000, image_size, batch_size, training, seed, num_workers)
     return build_image_folder_dataspec(
         split,
@@ -48,6 +50,8 @@ def build_imagenet_dataspec(
         num_workers=num_workers,
         max_corrupt_share=max_corrupt_share,
         allow_empty_classes=allow_empty_classes,
+        mean=mean,
+        std=std,
     )
 
 
