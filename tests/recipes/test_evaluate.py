@@ -180,9 +180,9 @@ def test_a_run_with_a_relative_root_continues_as_the_same(caplog):
     assert "root '" in caplog.text and "changed recipe" in caplog.text
 
 
-def test_a_root_that_the_kept_recipe_does_not_refer_to_is_a_mistake(finished_run):
-    with pytest.raises(RecipeError, match=r"`root` \(='other'\): nothing in this recipe refers to it"):
-        evaluate(str(finished_run), ["root=other"])
+def test_a_root_for_a_run_whose_data_have_none_is_told(finished_run, caplog):
+    assert evaluate(str(finished_run), ["root=other"]) == best_evaluation(finished_run)
+    assert "`root` (='other'): nothing in this recipe refers to it" in caplog.text
 
 
 def test_the_formula_of_a_run_cannot_be_another_one(finished_run):
