@@ -77,7 +77,9 @@ def test_a_recipe_resolves(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_trains_for_two_steps(name: str, tmp_path: Path):
+def test_a_recipe_trains_for_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Curves take a second of each; other tests draw them
+    monkeypatch.setattr("ws_algorithm.recipes.train.draw_curves", lambda *arguments: None)
     recipe = resolve_recipe(name)
     overrides = smoke_overrides(recipe)
 
