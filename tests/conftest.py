@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from torch import distributed
+from torch._C._distributed_c10d import HashStore
 
 SEED = 17
 
@@ -40,6 +42,17 @@ def _memory_is_given_back() -> Iterator[None]:
     yield
     if resident_bytes() - before > 50e6:
         gc.collect()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of this process alone."""
+    if distributed.is_initialized():  # by a Trainer in a test before this one
+        yield
+        return
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

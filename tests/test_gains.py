@@ -1,14 +1,12 @@
 """Gains that learn, and optimizers and wrappers that knew the parameters before the gains came."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from small_models import put_a_class_in_front
-from torch import distributed, nn
-from torch._C._distributed_c10d import HashStore
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ws_algorithm import apply_weight_standardization, is_weight_standardized, standardize_once
@@ -113,17 +111,7 @@ def test_what_is_no_optimizer_is_refused(optimizers):
     assert not is_weight_standardized(model)
 
 
-@pytest.fixture
-def _one_process() -> Iterator[None]:
-    if distributed.is_initialized():  # by a Trainer in a test before this one
-        yield
-        return
-    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("process_group")
 def test_under_distributed_data_parallel():
     wrapped = DistributedDataParallel(network())
     with pytest.raises(ValueError, match="DistributedDataParallel, which would not average"):

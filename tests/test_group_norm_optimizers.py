@@ -1,12 +1,10 @@
 """Optimizers, and wrappers that know the parameters, before and after the GroupNorm surgery."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed, nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import FrozenBatchNorm2d
@@ -135,16 +133,6 @@ def test_new_parameters_without_optimizers_are_warned_about(caplog):
 
     (record,) = caplog.records
     assert record.getMessage().startswith("1, 4: GroupNorms have parameters, which FrozenBatchNorm2d has not. Build")
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    if distributed.is_initialized():  # by a Trainer in a test before this one
-        yield
-        return
-    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ws_algorithm.checkpoints.numpy_files import load_numpy_file
+from ws_algorithm.checkpoints.run_formulas import recorded_formulas
 from ws_algorithm.checkpoints.torch_files import LEGACY_START, load_torch_file
 from ws_algorithm.checkpoints.unpickling import ArrayUnpickler, RefusedPickleError, as_tensor
 
@@ -146,11 +147,8 @@ def _weights_in(content: Any, path: str) -> dict[str, Tensor]:
 
 def _check_algorithms(state: Mapping[Any, Any], path: str) -> None:
     """Refuse the run of another formula than Composer's, which is not in the names of its weights."""
-    entries = state.get("algorithms")
-    for entry in entries if isinstance(entries, (list, tuple)) else ():
-        name, *values = entry if isinstance(entry, (list, tuple)) and entry else (None,)
-        if name == "WeightStandardization" and "formula=" in repr(values):
-            raise ValueError(
-                f"`path` (={path!r}) is of a run of this package, whose formula its folder knows: `ws-algorithm "
-                "export` writes its weights, and `load_path` continues from it."
-            )
+    if any(formula is not None for formula in recorded_formulas(state.get("algorithms"))):
+        raise ValueError(
+            f"`path` (={path!r}) is of a run of this package, whose formula its folder knows: `ws-algorithm "
+            "export` writes its weights, and `load_path` continues from it."
+        )

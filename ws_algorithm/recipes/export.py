@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import DataSpec, Event
+from composer.core import DataSpec
 from composer.utils import dist
 from torch import Tensor, nn
 
@@ -28,7 +28,14 @@ from ws_algorithm.recipes.artifacts import (
 )
 from ws_algorithm.recipes.closing import close_trainer
 from ws_algorithm.recipes.image_files import DataError
-from ws_algorithm.recipes.loaded_run import TrainedRecipe, begin_processes, checkpoint_of, find_trained, load_trained
+from ws_algorithm.recipes.loaded_run import (
+    TrainedRecipe,
+    begin_processes,
+    checkpoint_of,
+    evaluation_weights,
+    find_trained,
+    load_trained,
+)
 from ws_algorithm.recipes.schema import RecipeError, in_one_line
 from ws_algorithm.rescaling import Rescaler
 from ws_algorithm.state_dicts import plain_state_dict
@@ -161,11 +168,8 @@ def _load(trained: TrainedRecipe, checkpoint: str) -> tuple[Trainer, Any]:
 
 def _evaluated_network(trainer: Trainer, model: Any, data: DataSpec) -> nn.Module:
     """A copy of the network on the CPU, with the weights that algorithms such as EMA keep for evaluations."""
-    trainer.state.set_dataloader(data.dataloader, "export")  # which the event asks for
-    trainer.engine.run_event(Event.EVAL_START)
-    network = copy.deepcopy(model.module).cpu().eval()
-    trainer.engine.run_event(Event.EVAL_END)
-    return network
+    with evaluation_weights(trainer, data, "export"):
+        return copy.deepcopy(model.module).cpu().eval()
 
 
 def _write_checked(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import DataSpec
+from composer.core import DataSpec, Event
 from composer.models import ComposerModel
 from composer.utils import dist, get_device, reproducibility
 
@@ -102,6 +103,23 @@ def load_trained(
         return _build_trainer(trained.recipe, data, checkpoint)
     except Exception as error:
         raise RecipeError(trained.source, [f"`load_path` (={checkpoint!r}): {in_one_line(error)}"]) from error
+
+
+@contextmanager
+def evaluation_weights(trainer: Trainer, data: DataSpec, name: str) -> Iterator[None]:
+    """The model with the weights that algorithms such as EMA keep for evaluations.
+
+    Args:
+        trainer: Of :func:`load_trained`.
+        data: Which the event of an evaluation asks for.
+        name: What they are for.
+    """
+    trainer.state.set_dataloader(data.dataloader, name)
+    trainer.engine.run_event(Event.EVAL_START)
+    try:
+        yield
+    finally:
+        trainer.engine.run_event(Event.EVAL_END)
 
 
 def _build_trainer(recipe: Recipe, data: DataSpec | None, checkpoint: str) -> tuple[Trainer, ComposerModel]:

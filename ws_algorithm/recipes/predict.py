@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import DataSpec, Event, get_precision_context
+from composer.core import DataSpec, get_precision_context
 from composer.models import ComposerModel
 from composer.utils import dist, model_eval_mode
 from PIL import Image
@@ -21,7 +21,14 @@ from torch import Tensor
 from ws_algorithm.recipes import build
 from ws_algorithm.recipes.closing import close_trainer
 from ws_algorithm.recipes.given_images import find_images, read_upright
-from ws_algorithm.recipes.loaded_run import TrainedRecipe, begin_processes, checkpoint_of, find_trained, load_trained
+from ws_algorithm.recipes.loaded_run import (
+    TrainedRecipe,
+    begin_processes,
+    checkpoint_of,
+    evaluation_weights,
+    find_trained,
+    load_trained,
+)
 from ws_algorithm.recipes.predictions import Classes, Shown, show
 from ws_algorithm.recipes.schema import RecipeError
 
@@ -142,13 +149,8 @@ def _evaluating(trainer: Trainer, data: DataSpec) -> Iterator[None]:
     """The surroundings of an evaluation: with the weights that algorithms such as EMA keep for it."""
     state = trainer.state
     precision = get_precision_context(state.precision, state.precision_config)
-    state.set_dataloader(data.dataloader, "predict")  # which the event asks for
-    trainer.engine.run_event(Event.EVAL_START)
-    try:
-        with torch.no_grad(), model_eval_mode(state.model), precision:
-            yield
-    finally:
-        trainer.engine.run_event(Event.EVAL_END)
+    with evaluation_weights(trainer, data, "predict"), torch.no_grad(), model_eval_mode(state.model), precision:
+        yield
 
 
 def _print(path: Path, shown: Shown, trained: TrainedRecipe, folder: Path) -> None:
