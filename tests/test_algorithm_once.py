@@ -213,7 +213,7 @@ def test_a_compiled_model_is_standardized_exactly_and_one_line_says_so(caplog):
     torch._dynamo.reset()
 
     records = [record for record in caplog.records if "once per step" in record.getMessage()]
-    assert [record.name for record in records] == ["ws_algorithm.training_step"]
+    assert [record.name for record in records] == ["ws_algorithm.once"]
     assert "compiled" in records[0].getMessage()
     assert_ends_near(outcome(trainer), outcome(run([exact()], max_duration="3ba")))
 

@@ -11,7 +11,7 @@ from exact_twins import Context, exactly, gradients, images, loss_of, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from weight_changes import add, assign_parameter
+from weight_changes import add, replace_data, replace_parameter
 
 from ws_algorithm import standardize_once
 from ws_algorithm.parametrization import raw_weight
@@ -108,7 +108,11 @@ class Player:
         self.optimizer.step()
 
     def replace(self) -> None:
-        assign_parameter(self.model)
+        replace_parameter(self.model)
+
+    def replace_memory(self) -> None:
+        self.losses = []  # autograd would go back through the new values
+        replace_data(self.model)
 
     def hook(self) -> None:
         self.hooks.append(raw_weight(self.model[3]).register_hook(lambda gradient: gradient.clamp(-0.01, 0.01)))

@@ -1,4 +1,4 @@
-"""Weights that change inside ``standardize_once``, in every way in which a weight can change.
+"""Weights that change inside ``standardize_once``, in every way that PyTorch counts, and between two in every way.
 
 As ``exact_twins`` says, every loop runs with the context and without.
 """
@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from exact_twins import Context, assert_near, check, formulas, gradients, images, loss_of, tiny
-from weight_changes import CHANGES, add, assign_parameter, changes, replace_data, scale
+from weight_changes import COUNTED, add, changes, counted_changes, replace_data, replace_parameter, scale
 
 from ws_algorithm import remove_weight_standardization, standardize_once, standardize_weight
 from ws_algorithm.parametrization import raw_weight
 
 
-@changes
+@counted_changes
 def test_a_change_between_micro_batches(change):
     def loop(model: Any, context: Context) -> Any:
         first, second, third = images()
@@ -34,6 +34,8 @@ def test_a_change_between_micro_batches(change):
 
 @changes
 def test_a_change_before_the_first_micro_batch(change):
+    """Weights are standardized when the first is asked for, so that averages may be put in their place before."""
+
     def loop(model: Any, context: Context) -> Any:
         with context(model):
             change(model)
@@ -44,7 +46,7 @@ def test_a_change_before_the_first_micro_batch(change):
     check(tiny, loop)
 
 
-@changes
+@counted_changes
 def test_a_change_after_the_last_micro_batch(change):
     def loop(model: Any, context: Context) -> Any:
         old = raw_weight(model[3])
@@ -57,7 +59,7 @@ def test_a_change_after_the_last_micro_batch(change):
     check(tiny, loop)
 
 
-@changes
+@counted_changes
 def test_a_change_in_every_micro_batch_with_evaluation_in_between(change):
     def loop(model: Any, context: Context) -> Any:
         outputs = []
@@ -88,7 +90,7 @@ def test_a_change_between_two_contexts(change):
 
 
 @formulas
-@pytest.mark.parametrize("change", [scale, add, assign_parameter, replace_data])
+@pytest.mark.parametrize("change", [scale, add, replace_parameter, replace_data])
 def test_a_change_by_formula(formula, change):
     def loop(model: Any, context: Context) -> None:
         with context(model):
@@ -107,7 +109,7 @@ def test_a_change_of_one_of_two_micro_batches_in_float32():
             add(model)
             loss_of(model, second).backward()
 
-    check(lambda: tiny(dtype=torch.float32), loop, tolerance=2e-6)  # the old weight is rebuilt from what is held
+    check(lambda: tiny(dtype=torch.float32), loop, tolerance=2e-6)  # the old weight is rebuilt from what is cached
 
 
 def test_a_change_by_a_forward_hook():
@@ -122,11 +124,11 @@ def test_a_change_by_a_forward_hook():
     check(tiny, loop)
 
 
-def test_the_value_inside_follows_every_change():
+def test_the_value_inside_follows_every_change_that_is_counted():
     model = tiny()
 
     with standardize_once(model):
-        for change in CHANGES:
+        for change in COUNTED:
             loss_of(model, images()[0]).backward()
             change(model)
             for _ in range(2):
@@ -136,7 +138,7 @@ def test_the_value_inside_follows_every_change():
 
 
 def test_a_standardized_weight_that_is_written_to_inside():
-    """Without gradients, what is written into the value that is held is no change of the weight."""
+    """Without gradients, what is written into the value that is cached is no change of the weight."""
 
     def loop(model: Any, context: Context) -> Any:
         first, second, third = images()

@@ -77,7 +77,7 @@ def test_a_context_of_another_thread_on_the_same_model_is_refused():
         with context(model):
             loss_of(model, images()[0]).backward()
             if context is standardize_once:
-                with pytest.raises(ValueError, match="in another thread already. Open one context around all threads"):
+                with pytest.raises(ValueError, match="in another thread already. Open one scope around all threads"):
                     in_a_thread(lambda: enter(context(model)))
             loss_of(model, images()[2]).backward()
 
@@ -108,8 +108,8 @@ def test_what_is_refused_leaves_nothing_open():
             if context is standardize_once:
                 with pytest.raises(ValueError, match="another thread"):
                     in_a_thread(lambda: enter(context(model)))
-                loans = [model[index].parametrizations["weight"][0].memory.loan for index in (0, 3, 6)]
-                assert [loan is None for loan in loans] == [True, True, False]
+                entries = [model[index].parametrizations["weight"][0].cache.entry for index in (0, 3, 6)]
+                assert [entry is None for entry in entries] == [True, True, False]
             loss_of(model, images()[0]).backward()
             loss_of(model, images()[2]).backward()
 

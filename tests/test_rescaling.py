@@ -17,6 +17,7 @@ from ws_algorithm import (
     fold_weight_standardization,
     is_weight_standardized,
     remove_weight_standardization,
+    standardize_once,
     standardize_weight,
 )
 from ws_algorithm.formula import FORMULAS
@@ -151,46 +152,84 @@ def test_complex_weights(formula, dtype):
 # What sets the weight
 
 
-@kinds
-def test_affine_computes_with_what_is_assigned_or_reset(build):
-    conv = rescaled("affine", build)
-    tensor, parameter = (torch.randn_like(raw_weight(conv)) for _ in range(2))
+class NewParameterConv(nn.Conv2d):
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.weight = nn.Parameter(torch.randn_like(self.weight))
 
-    conv.weight = tensor
-    assert torch.equal(raw_weight(conv), tensor)
+
+@kinds
+def test_affine_computes_with_what_is_loaded_under_plain_keys_or_reset(build):
+    conv = rescaled("affine", build)
+    raw, tensor, parameter = raw_weight(conv), *(torch.randn_like(raw_weight(conv)) for _ in range(2))
+
+    conv.load_state_dict({**build().state_dict(), "weight": tensor})
+    assert raw_weight(conv) is raw and torch.equal(raw, tensor)
     assert_close(conv.weight, tensor, rtol=1e-5, atol=1e-6)
 
-    conv.weight = nn.Parameter(parameter)
+    conv.load_state_dict({**build().state_dict(), "weight": nn.Parameter(parameter.clone())}, assign=True)
+    assert raw_weight(conv) is not raw and torch.equal(raw_weight(conv), parameter)
     assert_close(conv.weight, parameter, rtol=1e-5, atol=1e-6)
 
     conv.reset_parameters()
+    assert not torch.equal(raw_weight(conv), parameter)
     assert_close(conv.weight, raw_weight(conv), rtol=1e-5, atol=1e-6)
 
 
-def test_scaled_keeps_its_gains_when_the_weight_is_assigned_and_begins_anew_when_it_is_reset():
+def test_affine_computes_with_the_new_parameter_that_a_reset_of_a_subclass_assigns():
+    conv = rescaled("affine", lambda: NewParameterConv(4, 6, 3))
+    raw = raw_weight(conv)
+
+    conv.reset_parameters()
+
+    assert raw_weight(conv) is not raw
+    assert_close(conv.weight, raw_weight(conv), rtol=1e-5, atol=1e-6)
+
+
+def test_scaled_keeps_its_gains_when_the_raw_weight_is_set_by_its_name_and_begins_anew_when_it_is_reset():
     conv = rescaled("scaled")
     gain = conv.parametrizations.weight[1].gain
     nn.init.constant_(gain, 2)
 
-    conv.weight = torch.randn(6, 4, 3, 3)
-    assert torch.equal(gain, torch.full_like(gain, 2))
+    conv.parametrizations.weight.original = parameter = nn.Parameter(torch.randn(6, 4, 3, 3))
+    assert conv.parametrizations.weight[1].gain is gain and torch.equal(gain, torch.full_like(gain, 2))
+    assert_close(conv.weight, by_timm(parameter.detach(), 2).float())
 
     conv.reset_parameters()
     assert conv.parametrizations.weight[1].gain is gain and torch.equal(gain, torch.ones_like(gain))
 
 
 @both
-def test_editing_the_raw_weight_leaves_gain_and_shift(formula):
+@pytest.mark.parametrize("how", ["in place", "new Parameter"])
+def test_setting_the_raw_weight_by_its_name_leaves_gain_and_shift(formula, how):
     conv = rescaled(formula)
-    before = copy.deepcopy(gain_and_shift(conv))
+    start, before = raw_weight(conv).detach().clone(), copy.deepcopy(gain_and_shift(conv))
 
-    nn.init.normal_(raw_weight(conv))
+    if how == "in place":
+        nn.init.normal_(conv.parametrizations.weight.original)
+    else:
+        conv.parametrizations.weight.original = nn.Parameter(torch.randn(6, 4, 3, 3))
 
     assert all(torch.equal(part, before[name]) for name, part in gain_and_shift(conv).items())
+    raw = raw_weight(conv).detach()
+    assert_close(conv.weight, (by_mmcv(raw, start) if formula == "affine" else by_timm(raw, 1)).float())
 
 
 @both
-@pytest.mark.parametrize("how", ["reset", "assign", "load", "load, assign"])
+def test_assigning_to_weight_is_refused_and_leaves_gain_and_shift(formula):
+    conv = rescaled(formula)
+    before = copy.deepcopy(conv.state_dict())
+
+    for value in (torch.randn(6, 4, 3, 3), nn.Parameter(torch.randn(6, 4, 3, 3)), None):
+        with pytest.raises(ValueError, match="^`weight` of a standardized convolution cannot be assigned"):
+            conv.weight = value
+
+    assert conv.state_dict().keys() == before.keys()
+    assert all(torch.equal(part, before[name]) for name, part in conv.state_dict().items())
+
+
+@both
+@pytest.mark.parametrize("how", ["reset", "new Parameter, reset", "load", "load, assign"])
 def test_from_the_meta_device(formula, how):
     with torch.device("meta"):
         conv = rescaled(formula)
@@ -198,8 +237,10 @@ def test_from_the_meta_device(formula, how):
 
     if how == "reset":
         conv.to_empty(device="cpu").reset_parameters()
-    elif how == "assign":
-        conv.weight = plain.weight.detach()
+    elif how == "new Parameter, reset":  # gain and shift are still on the meta device then
+        conv.parametrizations.weight.original = nn.Parameter(torch.empty(6, 4, 3, 3))
+        conv.bias = nn.Parameter(torch.empty(6))
+        conv.reset_parameters()
     elif how == "load":
         conv.to_empty(device="cpu").load_state_dict(plain.state_dict())
     else:
@@ -208,7 +249,7 @@ def test_from_the_meta_device(formula, how):
     raw = raw_weight(conv).detach()
     expected = raw if formula == "affine" else by_timm(raw, 1).float()
     assert_close(conv.weight, expected, rtol=1e-5, atol=1e-6)
-    assert how == "reset" or torch.equal(raw, plain.weight)
+    assert "reset" in how or torch.equal(raw, plain.weight)
 
 
 # Loading
@@ -327,7 +368,7 @@ def test_folding_gives_the_weight_with_gain_and_shift(formula):
 
 def test_tied_convolutions_of_different_gains_cannot_be_folded():
     model: Any = nn.Sequential(rescaled("scaled"), rescaled("scaled"))
-    model[1].weight = raw_weight(model[0])  # afterwards: each has its gain already
+    model[1].parametrizations.weight.original = raw_weight(model[0])  # afterwards: each has its gain already
     same = copy.deepcopy(model)
     assert fold_weight_standardization(same) == 2 and same[0].weight is same[1].weight
     nn.init.constant_(model[1].parametrizations.weight[1].gain, 2)
@@ -341,20 +382,20 @@ def test_tied_convolutions_of_different_gains_cannot_be_folded():
 @both
 def test_a_deep_copy_is_on_its_own(formula):
     conv = rescaled(formula)
-    with torch.no_grad():
-        held = conv.weight  # so that there is something that must not be copied
-    other = copy.deepcopy(conv)
-    with torch.no_grad():
+    with standardize_once(conv), torch.no_grad():
+        cached = conv.weight  # so that there is something that must not be copied
+        other = copy.deepcopy(conv)
         other.parametrizations.weight[1].gain.mul_(2)
 
-        assert not torch.equal(other.weight, held) and torch.equal(conv.weight, held)
+        assert not torch.equal(other.weight, cached) and torch.equal(conv.weight, cached)
 
 
 @both
-def test_what_is_held_without_gradients_follows_the_gains(formula):
-    conv, chain = rescaled(formula), None
-    with torch.no_grad():
-        before, chain = conv.weight, conv.parametrizations.weight
+def test_what_a_scope_caches_without_gradients_follows_the_gains(formula):
+    conv = rescaled(formula)
+    chain = conv.parametrizations.weight
+    with standardize_once(conv), torch.no_grad():
+        before = conv.weight
         assert conv.weight is before
         chain[1].gain.mul_(2)
         doubled = conv.weight.clone()
@@ -367,6 +408,8 @@ def test_what_is_held_without_gradients_follows_the_gains(formula):
         assert torch.equal(ones, standardize_weight(raw, formula_of, gain=chain[1].gain, **shift))
         assert torch.equal(conv.weight, ones) and not torch.equal(doubled, ones)
         assert not torch.equal(doubled, before)
+    with torch.no_grad():
+        assert conv.weight is not conv.weight and torch.equal(conv.weight, ones)
 
 
 @both

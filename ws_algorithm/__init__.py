@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ws_algorithm.group_norm import apply_group_normalization as apply_group_normalization
     from ws_algorithm.inspection import ConvolutionRecord as ConvolutionRecord
     from ws_algorithm.inspection import inspect_convolutions as inspect_convolutions
+    from ws_algorithm.once import release_standardized_weights as release_standardized_weights
     from ws_algorithm.once import standardize_once as standardize_once
     from ws_algorithm.parametrization import WeightStandardizer as WeightStandardizer
     from ws_algorithm.state_dicts import folded_state_dict as folded_state_dict
@@ -55,6 +56,7 @@ _FILE_OF = {
     "ConvolutionRecord": "inspection",
     "inspect_convolutions": "inspection",
     "WeightStandardizer": "parametrization",
+    "release_standardized_weights": "once",
     "standardize_once": "once",
     "folded_state_dict": "state_dicts",
     "plain_state_dict": "state_dicts",

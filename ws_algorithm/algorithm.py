@@ -29,7 +29,7 @@ from ws_algorithm.group_norm_rules import GroupNormRules, Indivisible
 from ws_algorithm.layers import standardizers_of
 from ws_algorithm.patterns import Patterns
 from ws_algorithm.selection import Layers, Rules, Selection, select_convolutions
-from ws_algorithm.training_step import TrainingStep
+from ws_algorithm.trainer_scopes import TrainerScopes
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,9 @@ class WeightStandardization(Algorithm):
             weights that the model has, and anew from plain ones that ``load_path`` brings; the gains of ``scaled`` are
             added to the optimizer, in the parameter group of their weight. Default: ``"composer"``.
         once_per_step: Whether to standardize once per optimizer step, however many micro-batches it has, and to project
-            the gradients once, before any algorithm reads them; see :func:`~ws_algorithm.once.standardize_once`. Where
-            that would not be exact, autograd does it, and one log line says why. Default: ``True``.
+            the gradients once, before any algorithm reads them; and once per evaluation and prediction. See
+            :func:`~ws_algorithm.once.standardize_once`. Where that would not be exact, autograd does it. Default:
+            ``True``.
 
     Raises:
         ValueError: If an argument is not of that kind; from the Trainer, if a convolution cannot be standardized, or
@@ -98,7 +99,7 @@ class WeightStandardization(Algorithm):
         self.once_per_step = once_per_step
         self._standardized: dict[str, nn.Module] = {}
         self._is_check_due = False
-        self._step: TrainingStep | None = None
+        self._scopes: TrainerScopes | None = None
 
     def __repr__(self) -> str:
         rules = self.rules
@@ -117,14 +118,13 @@ class WeightStandardization(Algorithm):
             return not _deferred(self, state.algorithms)
         if event == Event.BATCH_START:
             return self._is_check_due
-        if self._step is not None:
-            self._step.follow(event, state)
+        if self._scopes is not None:
+            self._scopes.follow(event, state)
         return event == Event.FIT_START and bool(self._standardized)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:  # others may still come on this event
             self._is_check_due = True
-            self._step = TrainingStep(state) if self.once_per_step else None
             return
         if event == Event.BATCH_START:
             self._is_check_due = False
@@ -134,6 +134,7 @@ class WeightStandardization(Algorithm):
         count = standardize_selection(selection, self._resolved_formula, state.optimizers)
         watch_loading(state, self.formula)
         self._standardized = {str(c): c.module for c in selection.choices if standardizers_of(c.module)}
+        self._scopes = TrainerScopes() if self.once_per_step and self._standardized else None
         logger.log_hyperparameters({"WeightStandardization/num_weights_standardized": count})
         _copy_model_again(state, logger)
         if any(isinstance(algorithm, LayerFreezing) for algorithm in state.algorithms):

@@ -240,10 +240,8 @@ class _Kept:
 
 @torch.no_grad()
 def _weight_of(layer: nn.Module) -> Tensor:
-    """The weight that a layer computes with, computed anew in the dtype of its raw weight."""
+    """The weight that a layer computes with, in the dtype of its raw weight."""
     standardized: Any = layer
-    for parametrization in parametrizations_of(layer):
-        parametrization.train(parametrization.training)  # what is held may miss an edit that PyTorch does not count
     kind = raw_weight(layer).device.type
     is_known = torch.amp.autocast_mode.is_autocast_available(kind)  # not for the meta device
     with torch.autocast(kind, enabled=False) if is_known else nullcontext():

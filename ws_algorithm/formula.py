@@ -165,7 +165,7 @@ def standardize_weight(
 
 def standardize(weight: Tensor, formula: Formula) -> Tensor:
     """The standardized `weight`, before gain and shift."""
-    if _is_one_kernel(weight, formula):
+    if is_one_kernel(weight, formula):
         return F.layer_norm(weight, weight.shape[1:], eps=formula.eps)
     order = _dims_in_memory_order(weight)
     rows = _rows_of(weight, order)
@@ -273,7 +273,7 @@ def _is_layer_norm(formula: Formula) -> bool:
     return formula.eps_inside_root and not formula.unbiased
 
 
-def _is_one_kernel(weight: Tensor, formula: Formula) -> bool:
+def is_one_kernel(weight: Tensor, formula: Formula) -> bool:
     """Whether ``layer_norm`` computes the whole of it without a change of shape or dtype."""
     if not _is_layer_norm(formula) or weight.dtype not in (torch.float32, torch.float64):
         return False

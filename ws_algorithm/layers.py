@@ -145,6 +145,12 @@ def has_forward_of_torch(layer: nn.Module) -> bool:
     return _is_of_torch(layer.forward)
 
 
+def has_forward_of_known_package(layer: nn.Module) -> bool:
+    """Return whether a known package wrote the forward of a layer, and so does not edit its weight."""
+    methods = [layer.forward, getattr(layer, "_conv_forward", layer.forward)]
+    return all(_home_of(method).partition(".")[0] in _KNOWN_PACKAGES for method in methods)
+
+
 def _is_of_torch(forward: Any) -> bool:
     """Whether a method was written in ``torch.nn``."""
     return _home_of(forward).split(".")[:2] == ["torch", "nn"]

@@ -4,30 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ws_algorithm.formula import Formula, Standardized, project_gradient, standardize_with_statistics
+from ws_algorithm.formula import (
+    Formula,
+    Standardized,
+    is_one_kernel,
+    project_gradient,
+    standardize_with_statistics,
+)
+
+# Elements that are computed at a time on a CPU: their temporary memory stays in its cache
+_BLOCK = 2**17
 
 
-@torch.inference_mode(False)
-def standardize_all(weights: Sequence[Tensor], dtype: torch.dtype, formula: Formula) -> list[Standardized]:
-    """:func:`~ws_algorithm.formula.standardize_with_statistics` of several weights, in `dtype`.
+def empty_standardized(weight: Tensor, dtype: torch.dtype) -> Standardized:
+    """Return memory for :func:`standardize_all`: the layout of `weight` in `dtype`, statistics in its precision."""
+    precision = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
+    statistics = torch.empty(2, weight.shape[0], dtype=precision, device=weight.device)
+    return Standardized(torch.empty_like(weight, dtype=dtype), statistics[0], statistics[1])
 
-    The results may be used outside of inference mode as well.
+
+@torch.no_grad()
+def standardize_all(weights: Sequence[Tensor], outputs: Sequence[Standardized], formula: Formula) -> None:
+    """Write :func:`~ws_algorithm.formula.standardize_with_statistics` of several weights into memory that is there.
+
+    Args:
+        weights: The raw weights.
+        outputs: The memory for each of them, made by :func:`empty_standardized`, in the dtype of the result.
+        formula: The formula of all of them.
     """
-    results: list[Standardized | None] = [None] * len(weights)
-    for positions, kernels in _launches([(weight, dtype) for weight in weights]):
-        group = [weights[position].detach() for position in positions]
-        outputs = [_empty_standardized(weight, dtype) for weight in group]
-        kernels.standardize_all(group, *_columns(outputs), formula)
-        for position, output in zip(positions, outputs, strict=True):
-            results[position] = output
-    return [
-        standardize_with_statistics(weight.detach(), formula, dtype) if result is None else result
-        for weight, result in zip(weights, results, strict=True)
-    ]
+    launched: set[int] = set()
+    dtypes = [output.weight.dtype for output in outputs]
+    for positions, kernels in _launches(list(zip(weights, dtypes, strict=True))):
+        kernels.standardize_all(
+            [weights[p].detach() for p in positions], *_columns([outputs[p] for p in positions]), formula
+        )
+        launched.update(positions)
+    for position, (weight, output) in enumerate(zip(weights, outputs, strict=True)):
+        if position not in launched:
+            _standardize_in_blocks(weight.detach(), output, formula)
 
 
 @torch.no_grad()
@@ -37,16 +56,61 @@ def project_all(
     """:func:`~ws_algorithm.formula.project_gradient` of several gradients, in place."""
     launched: set[int] = set()
     for positions, kernels in _launches(list(zip(gradients, [weight.dtype for weight in weights], strict=True))):
-        positions = [p for p in positions if _is_alike(gradients[p], weights[p]) and kernels.is_supported(weights[p])]
+        positions = [
+            p for p in positions if has_layout_of(gradients[p], weights[p]) and kernels.is_supported(weights[p])
+        ]
         if positions:
             _, means, scales = _columns([statistics[p] for p in positions])
             kernels.project_all(
                 [gradients[p] for p in positions], [weights[p] for p in positions], means, scales, formula
             )
         launched.update(positions)
-    for position, gradient in enumerate(gradients):
+    for position, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
         if position not in launched:
-            gradient.copy_(project_gradient(gradient, weights[position], statistics[position], formula))
+            _project_in_blocks(gradient, weight, statistics[position], formula)
+
+
+def _standardize_in_blocks(weight: Tensor, output: Standardized, formula: Formula) -> None:
+    """Standardize a weight into memory that is there, a few rows at a time."""
+
+    def compute(block: Tensor) -> Any:
+        if is_bare:  # many blocks are small, and take as long as what is called for them
+            return torch.native_layer_norm(block, shape, None, None, formula.eps)
+        return standardize_with_statistics(block, formula, dtype)
+
+    shape, dtype = weight.shape[1:], output.weight.dtype
+    is_bare = is_one_kernel(weight, formula) and dtype == weight.dtype
+    rows = _rows_at_a_time(weight)
+    of_blocks = []
+    for block, target in zip(weight.split(rows), output.weight.split(rows), strict=True):
+        values, *statistics = compute(block)
+        target.copy_(values)
+        of_blocks.append(statistics)
+    for target, parts in zip(output[1:], zip(*of_blocks, strict=True), strict=True):
+        target.copy_(torch.cat(parts).flatten())
+
+
+def _project_in_blocks(gradient: Tensor, weight: Tensor, statistics: Standardized, formula: Formula) -> None:
+    """Project a gradient in its own memory, a few rows at a time."""
+
+    def compute(gradient: Tensor, weight: Tensor, mean: Tensor, reciprocal_scale: Tensor) -> Tensor:
+        if is_bare:
+            return backward(gradient, weight, shape, mean, reciprocal_scale, None, None, [True, False, False])[0]
+        return project_gradient(gradient, weight, Standardized(weight, mean, reciprocal_scale), formula)
+
+    backward: Any = torch.ops.aten.native_layer_norm_backward
+    shape = weight.shape[1:]
+    is_alike = gradient.dtype == weight.dtype and gradient.is_contiguous() and gradient.device == weight.device
+    is_bare = is_alike and is_one_kernel(weight, formula)
+    rows = _rows_at_a_time(weight)
+    columns = (gradient, weight, statistics.mean, statistics.reciprocal_scale)
+    for block, *others in zip(*[column.split(rows) for column in columns], strict=True):
+        block.copy_(compute(block, *others))
+
+
+def _rows_at_a_time(weight: Tensor) -> int:
+    count = _BLOCK * len(weight) // max(weight.numel(), 1) if weight.device.type == "cpu" else len(weight)
+    return max(count, 1)
 
 
 def _launches(tensors: list[tuple[Tensor, torch.dtype]]) -> list[tuple[list[int], ModuleType]]:
@@ -73,14 +137,13 @@ def _triton_kernels() -> ModuleType | None:
     return triton_kernels
 
 
-def _empty_standardized(weight: Tensor, dtype: torch.dtype) -> Standardized:
-    statistics = torch.empty(2, weight.shape[0], dtype=torch.float32, device=weight.device)
-    return Standardized(torch.empty_like(weight, dtype=dtype), statistics[0], statistics[1])
-
-
 def _columns(rows: Sequence[Standardized]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     return [row.weight for row in rows], [row.mean for row in rows], [row.reciprocal_scale for row in rows]
 
 
-def _is_alike(gradient: Tensor, weight: Tensor) -> bool:
-    return gradient.stride() == weight.stride() and gradient.device == weight.device
+def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have one shape, device and order in memory; strides of one element do not count."""
+    if tensor.shape != other.shape or tensor.device != other.device:
+        return False
+    strides = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+    return tensor.stride() == other.stride() or all(size == 1 or one == two for size, one, two in strides)

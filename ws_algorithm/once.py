@@ -1,27 +1,28 @@
-"""Weight Standardization once per optimizer step instead of once per micro-batch."""
+"""Weight Standardization once per optimizer step or evaluation instead of once per forward."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ws_algorithm.deferral import Deferral, Loan, settle_all, standardize_loans
-from ws_algorithm.layers import parametrizations_of, raw_weight
+from ws_algorithm.deferred_gradient import CacheEntry, flush_all
+from ws_algorithm.formula import Formula
+from ws_algorithm.layers import has_forward_of_known_package, parametrizations_of, raw_weight
 from ws_algorithm.parametrization import WeightStandardizer
+from ws_algorithm.torch_internals import is_compiled, may_leave_out_layers
+from ws_algorithm.weight_cache import cache_weights, convolution_dtype
 
 log = logging.getLogger(__name__)
 
-_EXACT = "%s weights of %s are standardized in every forward by autograd, not once per step: %s."
-_PROJECTED = "%sGradients of %s are projected in every backward, not once per step: %s."
 _logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -29,14 +30,14 @@ _logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 def standardize_once(model: nn.Module) -> Iterator[None]:
     r"""Standardize the weights of `model` once for all forwards and backwards inside, and project their gradients once.
 
-    One optimizer step of micro-batches is many forwards and backwards with the same weights. The gradient of the
-    standardization is linear in :math:`g = dL/d\hat{W}` and depends on nothing else but :math:`W`, so that
+    A scope is an optimizer step of several micro-batches, or an evaluation. The gradient of the standardization is
+    linear in :math:`g = dL/d\hat{W}` and depends on nothing else but :math:`W`, so that
 
     .. math:: \frac{dL}{dW} = \sum_k P_W(g_k) = P_W \Big( \sum_k g_k \Big)
 
-    Inside, forwards use a standardized weight that is held, already in autocast's dtype, and ``raw.grad`` collects
-    :math:`\sum_k g_k`; when the context ends, also by an exception, it is projected. So end it **before** gradients are
-    clipped, read or stepped with::
+    Inside, forwards use a standardized weight that is cached, in autocast's dtype, and ``raw.grad`` collects
+    :math:`\sum_k g_k`, which is projected when the scope ends, also by an exception. So end it **before** gradients are
+    clipped, read or stepped with. Outside of scopes nothing is cached::
 
         with standardize_once(model):
             for images, labels in micro_batches:
@@ -44,20 +45,25 @@ def standardize_once(model: nn.Module) -> Iterator[None]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    The gradients are those of autograd, up to rounding, in every case. Weights for which one projection per step would
-    not give them are projected in each backward (gradients that are accumulated to older ones, hooks on the raw weight,
-    ``torch.autograd.grad``, gradients that also come from elsewhere, such as an L2 term of the loss) or
-    differentiated by autograd (``create_graph=True``; compiled, traced or FSDP-sharded models). A weight that changes
-    inside is standardized again. Segments under ``torch.utils.checkpoint`` belong inside together with their backward.
-    Several processes under ``DistributedDataParallel`` need equal weights on all ranks. Several threads may run inside
-    one context, if they are joined before it ends. ``conv.weight`` is one tensor for all calls, to be read only.
+        with standardize_once(model), torch.no_grad():  # an evaluation
+            outputs = [model(images) for images in batches]
+
+    The contract: inside, do not edit raw weights in ways that PyTorch does not count (through ``.data`` or NumPy), edit
+    ``raw.grad`` by linear maps only, and only read ``conv.weight``, which is one tensor for all calls. Other edits,
+    ``zero_grad``, steps of an optimizer and loading are noticed. Where one projection per step would not give the
+    gradients of autograd, each backward projects its own (older gradients in ``raw.grad``, hooks on the raw weight,
+    ``torch.autograd.grad``, an L2 term of the loss, averages of ``DistributedDataParallel``), or autograd standardizes
+    (``create_graph=True``; compiled, traced or FSDP-sharded models; convolutions whose class has a forward of its own).
+    Segments under ``torch.utils.checkpoint`` belong inside together with their backward, and threads are joined inside.
+
+    The standardized weights keep their memory from scope to scope; see :func:`release_standardized_weights`.
 
     Args:
-        model: A model with standardized convolutions; may be wrapped in ``DistributedDataParallel``. Contexts may be
+        model: A model with standardized convolutions; may be wrapped in ``DistributedDataParallel``. Scopes may be
             nested.
 
     Raises:
-        ValueError: If `model` is not a module, or is inside a context of another thread.
+        ValueError: If `model` is not a module, or is inside a scope of another thread.
 
     Example:
         >>> import torch
@@ -71,7 +77,7 @@ def standardize_once(model: nn.Module) -> Iterator[None]:
         >>> bool(gradient.sum(1).abs().max() < 1e-4 * gradient.abs().sum(1).max())  # the mean is projected out
         True
     """
-    session = OnceSession(model)
+    session = StandardizeOnceSession(model)
     session.open()
     try:
         yield
@@ -79,7 +85,36 @@ def standardize_once(model: nn.Module) -> Iterator[None]:
         session.close()
 
 
-class OnceSession:
+def release_standardized_weights(model: nn.Module) -> int:
+    """Give back the memory that the standardized weights of `model` keep between scopes.
+
+    It is one copy of the standardized weights, in the dtype of the last scope. It is also given back when the
+    standardization is removed, and when the model is moved or converted by ``model.to()``.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of bytes.
+
+    Raises:
+        ValueError: If `model` is not a module.
+
+    Example:
+        >>> import torch
+        >>> from ws_algorithm import apply_weight_standardization
+        >>> conv = torch.nn.Conv2d(4, 8, 3)
+        >>> _ = apply_weight_standardization(conv)
+        >>> with standardize_once(conv), torch.no_grad():
+        ...     _ = conv(torch.randn(1, 4, 8, 8))
+        >>> release_standardized_weights(conv)  # 288 weights, and mean and scale of 8 channels, in float32
+        1216
+    """
+    _check_module(model)
+    return sum(module.cache.release() for module in model.modules() if isinstance(module, WeightStandardizer))
+
+
+class StandardizeOnceSession:
     """What :func:`standardize_once` does on its way in and out, for those who cannot use a ``with`` block.
 
     Args:
@@ -90,166 +125,144 @@ class OnceSession:
         ValueError: If `model` is not a module.
     """
 
+    is_active: Any = True  # whether standardized weights are cached now; at other times autograd standardizes
+
     def __init__(self, model: nn.Module, may_defer: bool = True) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        _check_module(model)
         self.model = model
         self.may_defer = may_defer
         self.thread = threading.get_ident()
         self._lock = threading.Lock()
-        self._is_lending: Callable[[], bool] = lambda: True
-        self._own: list[tuple[WeightStandardizer, Loan]] = []
-        self._of_others: list[Loan] = []
+        self._own: list[CacheEntry] = []
+        self._of_outer: list[CacheEntry] = []
         self._step_hooks: list[Any] = []
 
-    def lend_while(self, is_lending: Callable[[], bool]) -> None:
-        """Lend only when a function says so; at other times autograd standardizes."""
-        self._is_lending = is_lending
-
-    def is_lending(self) -> bool:
-        """Whether standardized weights are lent now."""
-        return self._is_lending()
+    def on_mode_change(self) -> None:
+        """Take note that the model was set to training or evaluation."""
 
     def open(self) -> None:
-        """Lend standardized weights to the convolutions from now on."""
-        standardizers = _standardizers_by_raw_weight(self.model)
-        if not standardizers:
-            log.warning("%s has no standardized layer; nothing is standardized once.", type(self.model).__name__)
-        reason = why_not_once(self.model)
+        """Cache standardized weights from now on; they are computed when the first is asked for.
+
+        By then autocast is on, ``zero_grad`` has been called, and averages of weights are in their place.
+        """
+        modules = list(self.model.modules())
+        if not any(isinstance(module, WeightStandardizer) for module in modules):
+            _warn_once(self.model, "has no standardized layer; nothing is standardized once.")
+        reason = unsupported_reason(modules)
         if reason is not None:
-            _log_once(self.model, _EXACT, len(standardizers), reason)
+            _warn_once(self.model, f"is standardized by autograd in every forward, not once per step: {reason}.")
             return
-        for raw, group in standardizers.items():
-            _end_abandoned_loans(group)
-            loans = {standardizer.memory.loan for standardizer in group} - {None}
-            self._check_thread(loans)
-            self._of_others += [loan for loan in loans if loan is not None]
-            if loans or len({standardizer.formula for standardizer in group}) > 1:
-                continue
-            if any(standardizer.memory.never_once_because for standardizer in group):
-                continue
-            loan = Loan(Deferral(raw, self.may_defer), group[0].formula, self)
-            for standardizer in group:
-                standardizer.memory.loan = loan
-                self._own.append((standardizer, loan))
+        if any(map(may_leave_out_layers, modules)):
+            _warn_once(
+                self.model,
+                "has its gradients projected in every backward, not once per step: DistributedDataParallel with "
+                "find_unused_parameters or static_graph lets a rank leave out layers that others use.",
+            )
+        for raw, standardizers in _standardizers_by_raw_weight(modules).items():
+            outer = self._entries_of_others(standardizers)
+            self._of_outer += outer
+            if not outer and len({standardizer.formula for standardizer in standardizers}) == 1:
+                caches = [standardizer.cache for standardizer in standardizers]
+                self._own.append(CacheEntry(raw, standardizers[0].formula, caches, self))
+        step = weakref.WeakMethod(self._on_step)  # a Trainer that is forgotten in a step takes its session with it
         self._step_hooks = [
-            register_optimizer_step_pre_hook(lambda optimizer, *_: self._pause(optimizer, 1)),
-            register_optimizer_step_post_hook(lambda optimizer, *_: self._pause(optimizer, -1)),
+            register_optimizer_step_pre_hook(lambda optimizer, *_: (step() or _do_nothing)(optimizer, 1)),
+            register_optimizer_step_post_hook(lambda optimizer, *_: (step() or _do_nothing)(optimizer, -1)),
         ]
 
-    def _check_thread(self, loans: set[Loan | None]) -> None:
-        """Raise ``ValueError`` if another thread would settle gradients while this one computes them."""
-        if any(loan is not None and loan.lender.thread != self.thread and loan.lender.is_lending() for loan in loans):
-            self.close()
-            raise ValueError(
-                "`model` is inside standardize_once in another thread already. Open one context around all threads "
-                "that use the model, and start and join them inside."
-            )
+    def _entries_of_others(self, standardizers: list[WeightStandardizer]) -> list[CacheEntry]:
+        """Return the entries of outer scopes; sessions that an exception has left behind are closed.
 
-    def standardize(self) -> None:
-        """Standardize all raw weights at once, when the first is asked for: by then autocast and ``zero_grad`` are."""
+        Raises:
+            ValueError: If another thread would flush gradients while this one computes them.
+        """
+        entries = {standardizer.cache.entry for standardizer in standardizers} - {None}
+        for entry in entries:
+            if not entry.session.is_active:
+                entry.session.close()
+            elif entry.session.thread != self.thread:
+                self.close()
+                raise ValueError(
+                    "`model` is inside standardize_once in another thread already. Open one scope around all threads "
+                    "that use the model, and start and join them inside."
+                )
+        return [entry for entry in entries if entry.session.is_active]
+
+    def cache_weights(self, entries: list[CacheEntry] | None = None) -> None:
+        """Standardize the raw weights of entries, or of all that have no standardized weight; together if possible."""
         with self._lock:
-            loans = [
-                loan for loan in self._loans() if loan.deferral.held is None and loan.deferral.raw.device.type != "meta"
-            ]
-            standardize_loans(loans)
-            ddp = DistributedDataParallel._active_ddp_module
-            if ddp is not None:
-                for loan in loans:
-                    loan.deferral.join(ddp)
-            _count_zeros_as_pending([loan.deferral for loan in loans])
+            if entries is None:
+                entries = [entry for entry in self._own if entry.cached is None]
+            groups: dict[tuple[Formula, torch.dtype], list[CacheEntry]] = {}
+            for entry in entries:
+                entry.replace(None)
+                groups.setdefault((entry.formula, convolution_dtype(entry.raw)), []).append(entry)
+            for (formula, dtype), group in groups.items():
+                caches, raws = [entry.caches[0] for entry in group], [entry.raw for entry in group]
+                for entry, cached in zip(group, cache_weights(caches, raws, formula, dtype), strict=True):
+                    entry.replace(cached)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Make the gradients of all raw weights those of autograd."""
-        settle_all([loan.deferral for loan in [*self._loans(), *self._of_others]])
+        flush_all([*self._own, *self._of_outer])
 
     def close(self) -> None:
-        """Settle, and leave the convolutions to themselves again."""
+        """Flush, and leave the convolutions to autograd again."""
         try:
-            self.settle()
+            self.flush()
         finally:
-            for hook in self._step_hooks:
-                hook.remove()
-            reasons: dict[str, int] = {}
-            for standardizer, loan in self._own:
-                standardizer.memory.loan = None
-                loan.deferral.close()
-                self._remember(standardizer, loan.deferral, reasons)
-            self._own, self._of_others = [], []
-            for reason, count in reasons.items():
-                _log_once(self.model, _EXACT, count, reason)
+            for closable in (*self._step_hooks, *self._own):
+                closable.remove()
+            self._own, self._of_outer, self._step_hooks = [], [], []
 
-    def _pause(self, optimizer: torch.optim.Optimizer, pauses: int) -> None:
-        """A step of an optimizer inside reads gradients, and a closure makes new ones: none of them may wait."""
+    def _on_step(self, optimizer: torch.optim.Optimizer, suspensions: int) -> None:
+        """Let a step of an optimizer inside read gradients; a closure makes new ones, none of which may wait."""
         stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        deferrals = [loan.deferral for loan in self._loans() if loan.deferral.raw in stepped]
-        settle_all(deferrals)
-        for deferral in deferrals:
-            deferral.pauses = max(0, deferral.pauses + pauses)
-            if pauses < 0:
-                deferral.forget()
-
-    def _loans(self) -> list[Loan]:
-        return list(dict.fromkeys(loan for _, loan in self._own))
-
-    def _remember(self, standardizer: WeightStandardizer, deferral: Deferral, reasons: dict[str, int]) -> None:
-        if deferral.projected_because is not None:
-            _log_once(self.model, _PROJECTED, "", deferral.projected_because)
-        reason = deferral.exact_because
-        if reason is not None and standardizer.memory.never_once_because is None:
-            reasons[reason] = reasons.get(reason, 0) + 1
-            standardizer.memory.never_once_because = reason
+        entries = [entry for entry in self._own if entry.raw in stepped]
+        flush_all(entries)
+        for entry in entries:
+            entry.suspensions = max(0, entry.suspensions + suspensions)
+            if suspensions < 0:
+                entry.replace(None)  # it may have written to the raw weight in a way that PyTorch does not count
 
 
-def why_not_once(model: nn.Module) -> str | None:
-    """Why autograd has to standardize `model`, if it has to."""
-    for module in model.modules():
-        is_compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(
-            vars(module).get("forward"), "_torchdynamo_orig_callable"
-        )
-        if is_compiled or type(module).__name__ == "OptimizedModule":
-            return "the model is compiled"
-        if any(cls.__name__ in ("FullyShardedDataParallel", "FSDPModule") for cls in type(module).__mro__):
-            return "its weights are sharded (FSDP)"
-    return None
+def _do_nothing(*_: Any) -> None:
+    pass
 
 
-def _standardizers_by_raw_weight(model: nn.Module) -> dict[nn.Parameter, list[WeightStandardizer]]:
-    """Of weights whose raw weight is what the standardizer standardizes."""
+def unsupported_reason(modules: Sequence[nn.Module]) -> str | None:
+    """Return why autograd has to standardize a model of these modules, or ``None`` if it need not."""
+    if any(map(is_compiled, modules)):
+        return "the model is compiled"
+    names = {cls.__name__ for kind in set(map(type, modules)) for cls in kind.__mro__}
+    return "its weights are sharded (FSDP)" if names & {"FullyShardedDataParallel", "FSDPModule"} else None
+
+
+def _standardizers_by_raw_weight(modules: Sequence[nn.Module]) -> dict[nn.Parameter, list[WeightStandardizer]]:
+    """Return the standardizers whose weight can be cached.
+
+    Not if the raw weight is no ``Parameter`` (FSDP, pruning, replicas), is complex, or was made in inference mode or on
+    the meta device; nor if the class of the layer has a forward of unknown origin, which may write to its weight.
+    """
     by_raw: dict[nn.Parameter, list[WeightStandardizer]] = {}
-    for layer in model.modules():
+    for layer in modules:
         first = next(iter(parametrizations_of(layer)), None)
-        if not isinstance(first, WeightStandardizer):
+        if not isinstance(first, WeightStandardizer) or not has_forward_of_known_package(layer):
             continue
         raw = raw_weight(layer)
-        if type(raw) is nn.Parameter and not raw.is_complex():
+        if type(raw) is nn.Parameter and not (raw.is_complex() or raw.is_inference() or raw.is_meta):
             by_raw.setdefault(raw, []).append(first)
     return by_raw
 
 
-def _end_abandoned_loans(group: list[WeightStandardizer]) -> None:
-    """A session that an exception has left notices it when it is asked."""
-    for standardizer in group:
-        if standardizer.memory.loan is not None:
-            standardizer.memory.loan.lender.is_lending()
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
 
 
-def _count_zeros_as_pending(deferrals: list[Deferral]) -> None:
-    """A gradient of zeros, as ``zero_grad(set_to_none=False)`` leaves it, is as good as none."""
-    by_device: dict[torch.device, list[Deferral]] = {}
-    for deferral in deferrals:
-        if deferral.raw.grad is not None:
-            by_device.setdefault(deferral.raw.grad.device, []).append(deferral)
-    for group in by_device.values():
-        any_nonzero = torch.stack([deferral.raw.grad.any() for deferral in group if deferral.raw.grad is not None])
-        for deferral, nonzero in zip(group, any_nonzero.tolist(), strict=True):
-            if not nonzero and deferral.may_defer:
-                deferral.count_as_pending()
-
-
-def _log_once(model: nn.Module, text: str, count: int | str, reason: str) -> None:
-    """Say what is not done once per step, and why, for the first of many contexts."""
-    message = text % (count, type(model).__name__, reason)
-    if message not in _logged.setdefault(model, set()):
-        _logged[model].add(message)
-        log.warning(message)
+def _warn_once(model: nn.Module, text: str) -> None:
+    """Say something of a model in the first of many scopes."""
+    said = _logged.setdefault(model, set())
+    if text not in said:
+        said.add(text)
+        log.warning("%s %s", type(model).__name__, text)

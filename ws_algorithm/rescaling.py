@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
@@ -20,19 +19,6 @@ _PLAIN_NAMES = {
     "affine": {"gain": "weight_gamma", "shift": "weight_beta"},  # mmcv, ConvAWS2d
     "scaled": {"gain": "gain"},  # timm, ScaledStdConv2d
 }
-
-
-class _Memory:
-    """The last value of a rescaler and what it was computed from. Copies and files of a model remember nothing."""
-
-    def __init__(self) -> None:
-        self.last: tuple[tuple[Any, ...], tuple[Any, ...], Tensor, int] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
-        return _Memory()
-
-    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
-        return _Memory, ()
 
 
 class _Chains:
@@ -81,7 +67,6 @@ class Rescaler(nn.Module):
         super().__init__()
         assert formula.rescaling is not None
         self.formula = formula
-        self.memory = _Memory()
         self.users = _Chains()
         values = self.values_for(weight)
         if formula.rescaling == "scaled":
@@ -94,28 +79,25 @@ class Rescaler(nn.Module):
         """Return the weight that the convolution computes with; same shape and dtype."""
         return rescale(standardized, self.formula, self.gain, self.shift)
 
-    def of_held(self, standardized: Tensor) -> Tensor:
-        """:meth:`forward` for a standardized weight that is held; without gradients, the value is held as well."""
+    def forward_cached(self, standardized: Tensor, cache: dict[Any, Any]) -> Tensor:
+        """Return :meth:`forward` of a cached weight; without gradients, computed once for all forwards of a scope.
+
+        Args:
+            standardized: The cached weight.
+            cache: What this scope has computed so far, by rescaler.
+        """
         sources = (standardized, self.gain, *(() if self.shift is None else (self.shift,)))
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            self.memory.last = None
             return self.forward(standardized)
         if any(source.is_inference() for source in sources):
             return self.forward(standardized)
         state = tuple((source._version, source.data_ptr()) for source in sources)
-        last = self.memory.last
-        if last is not None and all(map(operator.is_, last[0], sources)) and last[1] == state:
-            if last[2]._version == last[3] and not last[2].requires_grad:
-                return last[2]
-        with torch.inference_mode(False), torch.no_grad():
-            rescaled = self.forward(standardized)
-        self.memory.last = (sources, state, rescaled, rescaled._version)
-        return rescaled
-
-    def train(self, mode: bool = True) -> Rescaler:
-        """Set the mode; what is held is computed again, as by the standardizer."""
-        self.memory.last = None
-        return super().train(mode)
+        last = cache.get(self)
+        if last is None or last[0] != state or last[1]._version != last[2] or last[1].requires_grad:
+            with torch.inference_mode(False), torch.no_grad():
+                rescaled = self.forward(standardized)
+            last = cache[self] = (state, rescaled, rescaled._version)
+        return last[1]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return `weight`: what is assigned is the raw weight."""
@@ -131,11 +113,6 @@ class Rescaler(nn.Module):
         weight = weight if whole is None else whole()
         scale, mean = scale_and_mean(weight.detach(), self.formula)
         return {"gain": scale, "shift": mean}
-
-    def follow(self, weight: Tensor) -> None:
-        """Take account of a raw `weight` that was assigned: gains that learn stay what they have become."""
-        if self.formula.rescaling == "affine" or self.gain.is_meta:
-            self.begin_anew(weight)
 
     @torch.no_grad()
     def begin_anew(self, weight: Tensor) -> None:

@@ -1,51 +1,44 @@
-"""Held weights while threads evaluate and others write or train."""
+"""``standardize_once`` while threads evaluate and others write or train."""
 
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from cached_weights import contexts, modes
 from exact_twins import images, loss_of, tiny
-from held_weights import modes
 from torch.testing import assert_close
 
 from ws_algorithm import standardize_once, standardize_weight
-from ws_algorithm.deferral import Memory
 from ws_algorithm.multi_tensor import standardize_all
 from ws_algorithm.parametrization import raw_weight
 
 
 @pytest.fixture
-def write_while_standardizing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """What a thread does at the worst moment: edit a raw weight after it was read and before its value is held."""
+def write_while_standardizing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """What a thread does at the worst moment: edit a raw weight after it was read and before its value is cached."""
+    pending: list[Any] = []
 
-    def arm(raw: Any) -> None:
-        pending = [raw]
+    def standardize_then_write(weights: Any, outputs: Any, formula: Any) -> None:
+        standardize_all(weights, outputs, formula)
+        if pending and any(weight.data_ptr() == pending[0].data_ptr() for weight in weights):
+            with torch.no_grad():
+                pending.pop().add_(torch.arange(3.0).view(1, 1, 1, 3))
 
-        def standardize_then_write(raws: Any, *arguments: Any) -> Any:
-            results = standardize_all(raws, *arguments)
-            if pending and any(one is raw for one in raws):
-                with torch.no_grad():
-                    pending.pop().add_(torch.arange(3.0).view(1, 1, 1, 3))
-            return results
-
-        for module in ("holding", "deferral"):
-            monkeypatch.setattr(f"ws_algorithm.{module}.standardize_all", standardize_then_write, raising=False)
-
-    return arm
+    monkeypatch.setattr("ws_algorithm.weight_cache.standardize_all", standardize_then_write)
+    yield pending.append
+    assert pending == []  # else nothing was written
 
 
 @modes
-@pytest.mark.parametrize("context", [nullcontext, standardize_once])
-def test_a_weight_that_is_written_to_while_it_is_standardized(context, mode, write_while_standardizing):
+def test_a_weight_that_is_written_to_while_it_is_standardized(mode, write_while_standardizing):
     model = tiny()
     raw = raw_weight(model[3])
     before = standardize_weight(raw).detach()
     write_while_standardizing(raw)
 
-    with context(model):
+    with standardize_once(model):
         with mode():
             model[3].weight.clone()
             weight = model[3].weight.clone()
@@ -57,7 +50,7 @@ def test_a_weight_that_is_written_to_while_it_is_standardized(context, mode, wri
 def test_one_written_to_while_the_dtype_of_autocast_is_computed(write_while_standardizing):
     model = tiny(dtype=torch.float32)
     raw = raw_weight(model[3])
-    with torch.no_grad():
+    with standardize_once(model), torch.no_grad():
         assert model[3].weight.dtype == torch.float32
         write_while_standardizing(raw)
         with torch.autocast("cpu", torch.bfloat16):
@@ -85,22 +78,7 @@ def test_gradients_of_one_written_to_while_it_is_standardized(write_while_standa
         assert_close(one.grad, other.grad)
 
 
-class Dropped(Memory):
-    """What a thread sees whose held weight is always dropped at once by another one that trains."""
-
-    held = property(lambda self: None, lambda self, held: None)  # type: ignore[assignment]
-
-
-@modes
-def test_a_held_weight_that_a_training_thread_drops_at_once(mode):
-    model = tiny()
-    model[3].parametrizations["weight"][0].memory.__class__ = Dropped
-
-    with mode():
-        assert_close(model[3].weight.clone(), standardize_weight(raw_weight(model[3])).detach())
-
-
-@pytest.mark.parametrize("context", [nullcontext, standardize_once])
+@contexts
 def test_evaluation_beside_training(context):
     model = tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -133,3 +111,30 @@ def test_evaluation_beside_training(context):
     for index in (0, 3, 6):
         with torch.no_grad():
             assert_close(model[index].weight, standardize_weight(raw_weight(model[index])))
+
+
+@contexts
+@modes
+def test_threads_that_evaluate_inside_one_scope(mode, context):
+    """All at once, from the first read on, and joined before the scope ends."""
+    model = tiny()
+    batch = images()[0]
+    with torch.no_grad():
+        expected = model(batch)
+
+    for _ in range(30):
+        outputs: list[Any] = []
+
+        def evaluate(outputs: list[Any] = outputs) -> None:
+            with mode():
+                for _ in range(5):
+                    outputs.append(model(batch).clone())
+
+        with context(model):
+            threads = [threading.Thread(target=evaluate) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert len(outputs) == 20  # of 4 threads, 5 each
+        assert_close(outputs, [expected] * 20)
