@@ -32,6 +32,7 @@ from ws_algorithm.recipes.loaded_run import (
     TrainedRecipe,
     begin_processes,
     checkpoint_of,
+    evaluation_scope,
     evaluation_weights,
     find_trained,
     load_trained,
@@ -107,7 +108,8 @@ def export(
                 "`--plain`: the weights of this network have gain and shift (formula affine or scaled), without which "
                 "the raw weights are another network. Leave `--plain` out to write the weights that it computes with.",
             )
-        difference = _write_checked(trained, network, inputs, file_format, path, plain)
+        with evaluation_scope(network):
+            difference = _write_checked(trained, network, inputs, file_format, path, plain)
     _report(file_format, path, inputs, difference, checkpoint)
     return path
 

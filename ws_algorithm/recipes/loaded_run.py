@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from composer import Trainer
 from composer.core import DataSpec, Event
 from composer.models import ComposerModel
 from composer.utils import dist, get_device, reproducibility
+from torch import nn
 
+from ws_algorithm.functional import is_weight_standardized
+from ws_algorithm.once import standardize_once
 from ws_algorithm.recipes import build, run_folder
 from ws_algorithm.recipes.catalogue import find_recipe
 from ws_algorithm.recipes.reading import read_recipe
@@ -120,6 +123,11 @@ def evaluation_weights(trainer: Trainer, data: DataSpec, name: str) -> Iterator[
         yield
     finally:
         trainer.engine.run_event(Event.EVAL_END)
+
+
+def evaluation_scope(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which a standardized model computes each of its weights once, for any number of batches."""
+    return standardize_once(model) if is_weight_standardized(model) else nullcontext()
 
 
 def _build_trainer(recipe: Recipe, data: DataSpec | None, checkpoint: str) -> tuple[Trainer, ComposerModel]:

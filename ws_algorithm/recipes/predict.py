@@ -25,6 +25,7 @@ from ws_algorithm.recipes.loaded_run import (
     TrainedRecipe,
     begin_processes,
     checkpoint_of,
+    evaluation_scope,
     evaluation_weights,
     find_trained,
     load_trained,
@@ -149,7 +150,8 @@ def _evaluating(trainer: Trainer, data: DataSpec) -> Iterator[None]:
     """The surroundings of an evaluation: with the weights that algorithms such as EMA keep for it."""
     state = trainer.state
     precision = get_precision_context(state.precision, state.precision_config)
-    with evaluation_weights(trainer, data, "predict"), torch.no_grad(), model_eval_mode(state.model), precision:
+    averages = evaluation_weights(trainer, data, "predict")
+    with averages, evaluation_scope(state.model), torch.no_grad(), model_eval_mode(state.model), precision:
         yield
 
 
