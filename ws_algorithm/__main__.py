@@ -219,7 +219,7 @@ def _add_benchmark(verbs: Any) -> None:
     add("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
     add("--contestants", metavar="NAMES", help="none, exact, once, folded, composer, paper, timm, mmcv (all)")
     add("--repeats", type=int, default=9, metavar="N", help="steps of each contestant that count (9, the fewest)")
-    add("--allocator", default="keep", choices=["keep", "default"], help="whether glibc keeps freed memory (keep)")
+    add("--allocator", default="default", choices=["default", "keep"], help="keep: glibc keeps freed memory (default)")
     add("--output", metavar="FOLDER", help="write overhead.json, overhead.md and overhead.png there")
     benchmark.set_defaults(run=_benchmark)
 

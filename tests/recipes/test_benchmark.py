@@ -125,7 +125,7 @@ def test_mistakes_are_a_line_each(options, message, capsys):
 
 
 def test_an_allocator_that_there_is_not():
-    with pytest.raises(ValueError, match=r"`allocator` \(='jemalloc'\) must be one of keep, default"):
+    with pytest.raises(ValueError, match=r"`allocator` \(='jemalloc'\) must be one of default, keep"):
         benchmark([Case()], ["none"], allocator="jemalloc")
 
 

@@ -115,7 +115,7 @@ def benchmark(
     contestants: Sequence[str],
     *,
     repeats: int = FEWEST_REPEATS,
-    allocator: str = "keep",
+    allocator: str = "default",
     output: str | None = None,
 ) -> list[Record]:
     """Measure, print a Markdown table, and write ``overhead.json``, ``overhead.md`` and ``overhead.png``.
@@ -126,14 +126,14 @@ def benchmark(
         cases: What to measure, all on one device; the files are written anew after each.
         contestants: Keys of ``RIVALS``.
         repeats: Steps of each contestant that count; at least 9.
-        allocator: ``"keep"`` for :func:`~ws_algorithm.recipes.overhead.keep_freed_memory`, ``"default"`` for the C
-            library as it is.
+        allocator: ``"default"`` for the C library as it is, which users have; ``"keep"`` for
+            :func:`~ws_algorithm.recipes.overhead.keep_freed_memory`.
         output: The folder for the files; ``None`` writes none.
 
     Raises:
         ValueError: If `repeats` or `allocator` is not of the kind described, or `output` cannot be written to.
     """
-    check_choices("allocator", [allocator], ("keep", "default"))
+    check_choices("allocator", [allocator], ("default", "keep"))
     if output is not None:
         prepare_output(output)
     kept = allocator == "keep" and keep_freed_memory()
