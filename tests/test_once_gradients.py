@@ -136,6 +136,20 @@ def test_what_is_no_module_is_refused(module):
         pass
 
 
+def test_a_gradient_of_the_standardized_weight_that_a_hook_keeps_is_never_added_to():
+    def loop(model: Any, context: Context) -> list[Tensor]:
+        kept: list[Tensor] = []
+        with context(model):
+            for batch in images():
+                weight = model[0].weight
+                weight.register_hook(kept.append)
+                outputs = nn.functional.conv2d(batch, weight, model[0].bias, padding=1)
+                model[1:](outputs).square().mean().backward()
+        return kept
+
+    check(tiny, loop)
+
+
 # More than one way to a raw weight
 
 

@@ -108,10 +108,20 @@ class CacheEntry:
         self._output = (graph, cached, is_reduced)
         return graph
 
-    def defer(self, gradient: Tensor, cached: CachedWeight) -> bool:
-        """Add a gradient to the sum that waits in ``raw.grad``; return whether that was possible."""
-        raw, output = self.raw, self._output
-        self._output = None  # the next forward begins a new node of the graph
+    def end_node(self, cached: CachedWeight) -> bool:
+        """Begin a new node of the graph with the next forward; return whether no hook gets the gradient of this one."""
+        output, self._output = self._output, None
+        return output is not None and output[1] is cached and hook_count(output[0]) == 0
+
+    def defer(self, gradient: Tensor, cached: CachedWeight, is_ours: bool) -> bool:
+        """Add a gradient to the sum that waits in ``raw.grad``; return whether that was possible.
+
+        Args:
+            gradient: The gradient with respect to the standardized weight.
+            cached: The standardized weight.
+            is_ours: Whether no hook of the user's keeps the gradient, so that its memory may become the sum.
+        """
+        raw = self.raw
         if not self.may_defer or self.suspensions > 0 or cached is not self.cached:
             return False
         if hook_count(raw) > 1 or not will_accumulate(self._leaf_node):
@@ -119,8 +129,7 @@ class CacheEntry:
         with self._lock:  # several threads may run backwards
             total = raw.grad
             if total is None:
-                is_seen = output is None or output[1] is not cached or hook_count(output[0]) > 0
-                raw.grad = torch.empty_like(raw).copy_(gradient) if is_seen else _with_memory_of_its_own(gradient, raw)
+                raw.grad = _as_sum(gradient, raw, is_ours)
                 self.pending = cached
             elif self.pending is cached:
                 total.add_(gradient)
@@ -170,11 +179,12 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
         (entry, cached, is_reduced), gradient = ctx.own, gradients[0]
+        is_ours = entry.end_node(cached)
         if torch.is_grad_enabled():
             flush_all([entry])
             return _differentiable_gradient(cached, gradient), None, None, None
         # A gradient that is averaged over ranks is projected before: they may have other weights, or leave out layers
-        if not is_reduced and entry.defer(gradient, cached):
+        if not is_reduced and entry.defer(gradient, cached, is_ours):
             return None, None, None, None
         flush_all([entry])
         return cached.project(gradient.to(cached.raw.dtype)), None, None, None
@@ -186,9 +196,9 @@ def flush_all(entries: list[CacheEntry]) -> None:
     project_cached([one for one in pending if one is not None])
 
 
-def _with_memory_of_its_own(gradient: Tensor, raw: Tensor) -> Tensor:
+def _as_sum(gradient: Tensor, raw: Tensor, is_ours: bool) -> Tensor:
     """Return `gradient` as ``raw.grad`` may keep it and be added to; copied only where that is necessary."""
-    if gradient.dtype == raw.dtype and has_layout_of(gradient, raw) and not shares_memory(gradient):
+    if is_ours and gradient.dtype == raw.dtype and has_layout_of(gradient, raw) and not shares_memory(gradient):
         return gradient
     return torch.empty_like(raw).copy_(gradient)
 
