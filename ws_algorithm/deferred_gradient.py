@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ class CacheEntry:
         self.raw = raw
         self.formula = formula
         self.caches = caches
-        self.session = session
+        self._session = weakref.ref(
+            session
+        )  # graphs that a Trainer keeps refer to entries, and must not keep the model
         self.may_defer: bool = session.may_defer
         self.suspensions = 0  # steps of optimizers that are under way
         self.cached: CachedWeight | None = None
@@ -54,6 +57,11 @@ class CacheEntry:
         for cache in caches:
             cache.entry = self
 
+    @property
+    def session(self) -> Any:
+        """Return the session, or ``None`` if it was forgotten without being closed."""
+        return self._session()
+
     def get(self, raw: Any) -> Tensor | None:
         """Return the standardized weight, or ``None`` if autograd is to compute it.
 
@@ -62,9 +70,10 @@ class CacheEntry:
         """
         if raw is not self.raw or is_recorded(raw):
             return None
-        if not self.session.is_active:
-            if torch.is_grad_enabled():
-                self.session.flush()  # an exception may have ended a Trainer's step, and someone goes on by hand
+        session = self._session()
+        if session is None or not session.is_active:
+            if torch.is_grad_enabled():  # an exception may have ended a Trainer's step, and someone goes on by hand
+                flush_all([self]) if session is None else session.flush()
             return None
         cached = self.cached
         if cached is None or not cached.is_valid():
@@ -83,7 +92,9 @@ class CacheEntry:
         """Standardize the raw weight again, and at the first time with it all others of the session."""
         flush_all([self])
         self._output = None
-        self.session.cache_weights([self] if self.cached is not None else None)
+        session = self._session()
+        if session is not None:
+            session.cache_weights([self] if self.cached is not None else None)
         return self.cached
 
     def replace(self, cached: CachedWeight | None) -> None:

@@ -178,15 +178,19 @@ class StandardizeOnceSession:
         """
         entries = {standardizer.cache.entry for standardizer in standardizers} - {None}
         for entry in entries:
-            if not entry.session.is_active:
-                entry.session.close()
-            elif entry.session.thread != self.thread:
+            session = entry.session
+            if session is None:
+                flush_all([entry])
+                entry.remove()
+            elif not session.is_active:
+                session.close()
+            elif session.thread != self.thread:
                 self.close()
                 raise ValueError(
                     "`model` is inside standardize_once in another thread already. Open one scope around all threads "
                     "that use the model, and start and join them inside."
                 )
-        return [entry for entry in entries if entry.session.is_active]
+        return [entry for entry in entries if entry.session is not None and entry.session.is_active]
 
     def cache_weights(self, entries: list[CacheEntry] | None = None) -> None:
         """Standardize the raw weights of entries, or of all that have no standardized weight; together if possible."""

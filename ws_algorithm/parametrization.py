@@ -73,8 +73,9 @@ class WeightStandardizer(nn.Module):
 
     def train(self, mode: bool = True) -> WeightStandardizer:
         """Set the mode, which also tells a scope of the Trainer that an evaluation has ended, whatever ended it."""
-        if self.cache.entry is not None:
-            self.cache.entry.session.on_mode_change()
+        session = None if self.cache.entry is None else self.cache.entry.session
+        if session is not None:
+            session.on_mode_change()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightStandardizer:

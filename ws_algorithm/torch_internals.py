@@ -18,6 +18,7 @@ _tracing_state = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 _storage_references = torch._C._storage_Use_Count
+_is_fx_tracing = getattr(fx_tracing, "_get_is_fx_tracing", fx_tracing.is_fx_tracing)  # which warns in newer releases
 
 
 def is_recorded(tensor: Tensor) -> bool:
@@ -26,9 +27,9 @@ def is_recorded(tensor: Tensor) -> bool:
     In this order: ``torch.jit.trace``; dispatch modes (``make_fx``, ``export``, fake tensors); ``torch.fx``; CUDA
     graphs. ``torch.compile`` is asked by ``torch.compiler.is_dynamo_compiling``.
 
-    Source: https://github.com/pytorch/pytorch/blob/v2.7.0/torch/fx/_symbolic_trace.py#L37.
+    Source: https://github.com/pytorch/pytorch/blob/v2.7.0/torch/fx/_symbolic_trace.py#L40.
     """
-    if _tracing_state() is not None or _dispatch_modes() > 0 or fx_tracing._is_fx_tracing_flag:
+    if _tracing_state() is not None or _dispatch_modes() > 0 or _is_fx_tracing():
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
