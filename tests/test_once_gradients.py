@@ -150,6 +150,39 @@ def test_a_gradient_of_the_standardized_weight_that_a_hook_keeps_is_never_added_
     check(tiny, loop)
 
 
+def test_a_gradient_that_a_hook_on_a_node_keeps_is_never_added_to():
+    def loop(model: Any, context: Context) -> list[Tensor]:
+        kept: list[Tensor] = []
+        with context(model):
+            for batch in images():
+                outputs = nn.functional.conv2d(batch, model[0].weight, model[0].bias, padding=1)
+                outputs.grad_fn.register_hook(lambda inputs, _: kept.append(inputs[1]))  # type: ignore[union-attr]
+                model[1:](outputs).square().mean().backward()
+        return kept
+
+    check(tiny, loop)
+
+
+def test_a_convolution_that_gets_no_gradient_has_none():
+    class GivesNone(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> None:
+            return None
+
+    def loop(model: Any, context: Context) -> list[bool]:
+        with context(model):
+            for batch in images():
+                hidden: Any = GivesNone.apply(model[:3](batch))
+                model[3:](hidden).square().mean().backward()
+        return [raw_weight(model[index]).grad is None for index in (0, 3, 6)]
+
+    check(tiny, loop)
+
+
 # More than one way to a raw weight
 
 

@@ -30,6 +30,20 @@ class Sum(nn.Module):
         return conv2d(x, self.first.weight + self.second.weight.view(4, 3, 3, 3))
 
 
+class SumAsItIs(Sum):
+    """The gradients of both weights are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.second = nn.Conv2d(3, 4, 3)
+        apply_weight_standardization(self.second)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.first.weight + self.second.weight)
+
+
 class SumOfThree(Sum):
     """The second twice."""
 
@@ -61,7 +75,7 @@ def accumulate(count: int) -> Any:
 
 
 @COUNTS
-@pytest.mark.parametrize("kind", [Sum, SumOfThree, Concatenation, OneWeight])
+@pytest.mark.parametrize("kind", [Sum, SumAsItIs, SumOfThree, Concatenation, OneWeight])
 def test_weights_that_are_added_after_one_is_viewed(kind, count):
     check(kind, accumulate(count))
 

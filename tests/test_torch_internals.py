@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from ws_algorithm.once import unsupported_reason
 from ws_algorithm.torch_internals import (
     hook_count,
     is_compiled,
@@ -210,6 +211,17 @@ def test_the_gradients_of_the_terms_of_a_sum_share_memory():
     noted(one).square().sum().backward()
 
     assert shared[:2] != [False, False] and shared[2] is False
+
+
+def test_a_model_under_replicate_is_left_to_autograd(process_group):
+    from torch.distributed._composable.replicate import replicate
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    assert unsupported_reason(list(model.modules())) is None
+
+    replicate(model)
+
+    assert "replicate" in (unsupported_reason(list(model.modules())) or "")
 
 
 def test_a_distributed_forward_is_reduced_but_within_no_sync(process_group):

@@ -1,5 +1,7 @@
 """The scopes that the algorithm opens in a Trainer: around each evaluation and prediction, whatever ends it."""
 
+import copy
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from ws_algorithm import WeightStandardization, standardize_weight
+from ws_algorithm import WeightStandardization, apply_weight_standardization, standardize_weight
 from ws_algorithm.layers import raw_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:SWA has known issues:UserWarning")
@@ -160,6 +162,70 @@ def test_an_exception_that_ends_a_step_leaves_nothing_cached(event):
         after = network(images)
         assert torch.equal(network[0].weight, standardize_weight(raw_weight(network[0])))
     assert not torch.allclose(before, after, rtol=1e-3)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ArithmeticError])
+@pytest.mark.parametrize("event", ["in the forward", "before_forward"])
+def test_what_stops_a_step_leaves_the_model_to_autograd(event, error):
+    """Nothing is deferred or cached in a loop by hand through a part of the model, and nothing stays on the model."""
+
+    def fail(*_: Any) -> None:
+        raise error("stop")
+
+    results = []
+    for once in (True, False):
+        callback = Callback()
+        if event == "before_forward":
+            callback.before_forward = fail  # type: ignore[method-assign]
+        trainer = trainer_of(WeightStandardization(once_per_step=once), callbacks=callback)
+        network = network_of(trainer)
+        hook = network[2].register_forward_hook(fail) if event == "in the forward" else None
+        with pytest.raises(error):
+            trainer.fit()
+        if hook is not None:
+            hook.remove()
+        raw_weight(network[0]).data.view(-1)[1] += 1.0
+        for forward in (network, lambda batch, model=trainer.state.model: model((batch, None))):
+            trainer.state.model.zero_grad()
+            forward(data().tensors[0]).square().mean().backward()
+            results.append({name: parameter.grad for name, parameter in network.named_parameters()})
+        copied = copy.deepcopy(trainer.state.model)
+        assert "forward" not in vars(trainer.state.model) and "forward" not in vars(copied)
+
+    for once, exact in zip(results[:2], results[2:], strict=True):
+        assert_close(once, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_a_forward_that_the_user_has_put_on_the_model_stays_there():
+    calls = []
+    trainer = trainer_of()
+    model: Any = trainer.state.model
+    own = model.forward
+    model.forward = patched = lambda batch: calls.append(1) or own(batch)
+
+    trainer.fit()
+
+    assert len(calls) == 4 * 4 and vars(model)["forward"] is patched
+
+
+def test_a_session_that_is_forgotten_leaves_gradients_that_are_true():
+    from ws_algorithm.once import StandardizeOnceSession
+
+    models = [classifier(), classifier()]
+    for model in models:
+        apply_weight_standardization(model)
+    session = StandardizeOnceSession(models[0])
+    session.open()
+    for model in models:
+        for batch in data().tensors[0].split(4):
+            model.module(batch).square().mean().backward()
+
+    del session
+    gc.collect()
+
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+    assert models[0].module[0].parametrizations["weight"][0].cache.entry is None
 
 
 def test_no_hook_stays_on_the_model():

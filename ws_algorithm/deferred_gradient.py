@@ -17,7 +17,8 @@ from ws_algorithm.torch_internals import (
     is_recorded,
     is_reduced_by_ddp,
     is_transformed,
-    shares_memory,
+    references,
+    references_of_a_gradient,
     will_accumulate,
 )
 from ws_algorithm.weight_cache import CachedWeight, WeightCache, project_cached
@@ -113,16 +114,16 @@ class CacheEntry:
         if output is not None and output[1] is cached and output[2] is is_reduced:
             return output[0]
         if self._hook is None:
-            self._hook = self.raw.register_hook(self._before_gradient_from_elsewhere)
+            found = weakref.WeakMethod(self._before_gradient_from_elsewhere)  # no circle through the graph
+            self._hook = self.raw.register_hook(lambda gradient: (found() or _do_nothing)(gradient))
             self._leaf_node = torch.autograd.graph.get_gradient_edge(self.raw).node
         graph: Any = _StraightThrough.apply(self.raw, self, cached, is_reduced)
         self._output = (graph, cached, is_reduced)
         return graph
 
-    def end_node(self, cached: CachedWeight) -> bool:
-        """Begin a new node of the graph with the next forward; return whether no hook gets the gradient of this one."""
-        output, self._output = self._output, None
-        return output is not None and output[1] is cached and hook_count(output[0]) == 0
+    def end_node(self) -> None:
+        """Begin a new node of the graph with the next forward."""
+        self._output = None
 
     def defer(self, gradient: Tensor, cached: CachedWeight, is_ours: bool) -> bool:
         """Add a gradient to the sum that waits in ``raw.grad``; return whether that was possible.
@@ -130,7 +131,7 @@ class CacheEntry:
         Args:
             gradient: The gradient with respect to the standardized weight.
             cached: The standardized weight.
-            is_ours: Whether no hook of the user's keeps the gradient, so that its memory may become the sum.
+            is_ours: Whether no one else has the gradient, so that its memory may become the sum.
         """
         raw = self.raw
         if not self.may_defer or self.suspensions > 0 or cached is not self.cached:
@@ -185,12 +186,18 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, raw: Tensor, entry: CacheEntry, cached: CachedWeight, is_reduced: bool) -> Tensor:
         ctx.own = entry, cached, is_reduced
+        ctx.set_materialize_grads(False)
         return cached.value.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
-        (entry, cached, is_reduced), gradient = ctx.own, gradients[0]
-        is_ours = entry.end_node(cached)
+        if gradients[0] is None:  # a function behind the convolution has given none
+            return None, None, None, None
+        entry, cached, is_reduced = ctx.own
+        # Of a sum of weights, both get the same gradient; and hooks may keep it
+        is_ours = entry.raw.grad is None and references(gradients[0]) == references_of_a_gradient()
+        gradient = gradients[0]
+        entry.end_node()
         if torch.is_grad_enabled():
             flush_all([entry])
             return _differentiable_gradient(cached, gradient), None, None, None
@@ -201,6 +208,10 @@ class _StraightThrough(torch.autograd.Function):
         return cached.project(gradient.to(cached.raw.dtype)), None, None, None
 
 
+def _do_nothing(*_: Any) -> None:
+    pass
+
+
 def flush_all(entries: list[CacheEntry]) -> None:
     """Project the gradients that wait, so that ``raw.grad`` is the gradient of each raw weight."""
     pending = [entry.take_pending() for entry in entries]
@@ -209,7 +220,7 @@ def flush_all(entries: list[CacheEntry]) -> None:
 
 def _as_sum(gradient: Tensor, raw: Tensor, is_ours: bool) -> Tensor:
     """Return `gradient` as ``raw.grad`` may keep it and be added to; copied only where that is necessary."""
-    if is_ours and gradient.dtype == raw.dtype and has_layout_of(gradient, raw) and not shares_memory(gradient):
+    if is_ours and gradient.dtype == raw.dtype and has_layout_of(gradient, raw):
         return gradient
     return torch.empty_like(raw).copy_(gradient)
 

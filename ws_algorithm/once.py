@@ -135,7 +135,7 @@ class StandardizeOnceSession:
         self._lock = threading.Lock()
         self._own: list[CacheEntry] = []
         self._of_outer: list[CacheEntry] = []
-        self._step_hooks: list[Any] = []
+        self._remove: Any = None
 
     def on_mode_change(self) -> None:
         """Take note that the model was set to training or evaluation."""
@@ -164,11 +164,14 @@ class StandardizeOnceSession:
             if not outer and len({standardizer.formula for standardizer in standardizers}) == 1:
                 caches = [standardizer.cache for standardizer in standardizers]
                 self._own.append(CacheEntry(raw, standardizers[0].formula, caches, self))
-        step = weakref.WeakMethod(self._on_step)  # a Trainer that is forgotten in a step takes its session with it
-        self._step_hooks = [
+        step = weakref.WeakMethod(self._on_step)
+        hooks = [
             register_optimizer_step_pre_hook(lambda optimizer, *_: (step() or _do_nothing)(optimizer, 1)),
             register_optimizer_step_post_hook(lambda optimizer, *_: (step() or _do_nothing)(optimizer, -1)),
         ]
+        # Also if the session is forgotten, with a Trainer that an exception has stopped in a step
+        self._remove = weakref.finalize(self, _flush_and_remove, self._own, hooks)
+        self._remove.atexit = False
 
     def _entries_of_others(self, standardizers: list[WeightStandardizer]) -> list[CacheEntry]:
         """Return the entries of outer scopes; sessions that an exception has left behind are closed.
@@ -213,11 +216,11 @@ class StandardizeOnceSession:
     def close(self) -> None:
         """Flush, and leave the convolutions to autograd again."""
         try:
-            self.flush()
+            flush_all(self._of_outer)
         finally:
-            for closable in (*self._step_hooks, *self._own):
-                closable.remove()
-            self._own, self._of_outer, self._step_hooks = [], [], []
+            if self._remove is not None:
+                self._remove()
+            self._own, self._of_outer = [], []
 
     def _on_step(self, optimizer: torch.optim.Optimizer, suspensions: int) -> None:
         """Let a step of an optimizer inside read gradients; a closure makes new ones, none of which may wait."""
@@ -230,6 +233,14 @@ class StandardizeOnceSession:
                 entry.replace(None)  # it may have written to the raw weight in a way that PyTorch does not count
 
 
+def _flush_and_remove(entries: list[CacheEntry], hooks: list[Any]) -> None:
+    try:
+        flush_all(entries)
+    finally:
+        for removable in (*hooks, *entries):
+            removable.remove()
+
+
 def _do_nothing(*_: Any) -> None:
     pass
 
@@ -238,8 +249,11 @@ def unsupported_reason(modules: Sequence[nn.Module]) -> str | None:
     """Return why autograd has to standardize a model of these modules, or ``None`` if it need not."""
     if any(map(is_compiled, modules)):
         return "the model is compiled"
-    names = {cls.__name__ for kind in set(map(type, modules)) for cls in kind.__mro__}
-    return "its weights are sharded (FSDP)" if names & {"FullyShardedDataParallel", "FSDPModule"} else None
+    classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__}
+    if {cls.__name__ for cls in classes} & {"FullyShardedDataParallel", "FSDPModule"}:
+        return "its weights are sharded (FSDP)"
+    is_replicated = any(cls.__module__ == "torch.distributed._composable.replicate" for cls in classes)
+    return "its gradients are averaged by replicate(), which does not say when" if is_replicated else None
 
 
 def _standardizers_by_raw_weight(modules: Sequence[nn.Module]) -> dict[nn.Parameter, list[WeightStandardizer]]:

@@ -6,6 +6,8 @@ fails when PyTorch changes the answer. Links are to the lines of torch 2.7.0.
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import torch
@@ -89,13 +91,45 @@ def hook_count(leaf: Tensor) -> int:
 def shares_memory(tensor: Tensor) -> bool:
     """Return whether other tensors use the memory of `tensor`, such as a view or what autograd has saved.
 
-    Autograd gives one piece of memory to the gradients of all terms of a sum, so that none of them may be written to;
-    and memory that is to be written to again may still be read by a graph or by the user.
+    Memory that is to be written to again may still be read by a graph or by the user.
 
     Source: https://github.com/pytorch/pytorch/blob/v2.7.0/torch/_inductor/cudagraph_trees.py#L524.
     """
     storage = tensor.untyped_storage()
     return _storage_references(storage._cdata) > 2  # by `tensor` and by `storage` itself
+
+
+def references(tensor: Tensor) -> tuple[int, int, int]:
+    """Return how many references there are to a tensor: of Python, of C++, and of all tensors to its memory.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.7.0/torch/csrc/autograd/functions/accumulate_grad.h#L139, where
+    autograd asks the same before it keeps a gradient as ``grad``.
+    """
+    use_count: Any = getattr(tensor, "_use_count")  # noqa: B009 - not in torch's stubs
+    return sys.getrefcount(tensor), use_count(), _storage_references(tensor.untyped_storage()._cdata)
+
+
+@functools.cache
+def references_of_a_gradient() -> tuple[int, int, int]:
+    """Return :func:`references` of a gradient that an ``autograd.Function`` gets and no one else has.
+
+    Releases of torch count differently, so that one is made and asked.
+    """
+    found: list[tuple[int, int, int]] = []
+
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.detach()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> None:
+            found.append(references(gradients[0]))
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        weight: Any = Asks.apply(torch.ones(1, 1, 1, requires_grad=True))
+        torch.nn.functional.conv1d(torch.ones(1, 1, 1), weight).backward(torch.ones(1, 1, 1))
+    return found[0]
 
 
 def is_reduced_by_ddp() -> bool:

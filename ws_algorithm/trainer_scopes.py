@@ -7,15 +7,16 @@ Source: https://github.com/mosaicml/composer/blob/v0.32.1/composer/core/engine.p
 
 No event tells that an exception has ended a step or an evaluation, so that nothing depends on one:
 
-- in a step, weights are cached only while the model's own forward runs, which a hook that is always called ends, and
-  within a backward;
+- in a step, weights are cached only while the model's own forward runs the batch of the Trainer, and within a backward;
 - in an evaluation, they are cached until its end, or until the model is set back to training, which the Trainer does
   whatever has ended the evaluation.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import weakref
 from typing import Any
 
 from composer.core import Event, State
@@ -49,7 +50,7 @@ class TrainerScopes:
         elif event == Event.BEFORE_TRAIN_BATCH:
             self._begin(_StepSession(state.model, not _perturbs_weights_per_rank(state)))
         elif event == Event.BEFORE_FORWARD and isinstance(self._session, _StepSession):
-            self._session.begin_forward()
+            self._session.announce_forward(state)
         elif event in (Event.EVAL_BEFORE_FORWARD, Event.PREDICT_BEFORE_FORWARD) and self._session is None:
             self._begin(_EvaluationSession(state.model))
 
@@ -74,21 +75,49 @@ class _StepSession(StandardizeOnceSession):
     def is_active(self) -> bool:
         return self._is_in_forward or is_in_backward()
 
-    def begin_forward(self) -> None:
-        """Cache while the next forward of the model runs, whatever ends it."""
+    def announce_forward(self, state: State) -> None:
+        """Cache while the model runs the batch that a state has now, whatever ends it."""
+        _AnnouncedForward(self, state).put_before(self.model)
 
-        def begin(*_: Any) -> None:
-            self._is_in_forward = True
-
-        def end(*_: Any) -> None:
+    def run_forward(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Run the model's own forward."""
+        self._is_in_forward = True
+        try:
+            return self.model.forward(*arguments, **named)
+        finally:
             self._is_in_forward = False
-            for hook in hooks:
-                hook.remove()
 
-        hooks = [
-            self.model.register_forward_pre_hook(begin),
-            self.model.register_forward_hook(end, always_call=True),
-        ]
+
+class _AnnouncedForward:
+    """Stands before the forward of a model for one call: that of the Trainer, with the batch of its state.
+
+    A hook would not do: torch calls none after a ``KeyboardInterrupt``. Copies and files of the model have its own.
+    """
+
+    def __init__(self, session: _StepSession, state: State) -> None:
+        self._session = session
+        self._state = weakref.ref(state)
+        self._patched: Any = None  # a forward that a user has put on the model
+
+    def put_before(self, model: nn.Module) -> None:
+        """Put it before the forward of `model`, or in the place of one that no forward has followed."""
+        patched = vars(model).get("forward")
+        self._patched = patched._patched if isinstance(patched, _AnnouncedForward) else patched
+        vars(model)["forward"] = self
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        model, state = self._session.model, self._state()
+        del vars(model)["forward"]
+        if self._patched is not None:
+            vars(model)["forward"] = self._patched
+        if state is not None and arguments and arguments[0] is state.batch:
+            return self._session.run_forward(arguments, named)
+        return model.forward(*arguments, **named)
+
+    def __reduce__(self) -> Any:
+        if self._patched is not None:
+            return functools.partial, (self._patched,)
+        return getattr, (self._session.model, "forward")
 
 
 class _EvaluationSession(StandardizeOnceSession):
