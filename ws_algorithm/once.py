@@ -158,12 +158,6 @@ class StandardizeOnceSession:
                 "has its gradients projected in every backward, not once per step: DistributedDataParallel with "
                 "find_unused_parameters or static_graph lets a rank leave out layers that others use.",
             )
-        for raw, standardizers in _standardizers_by_raw_weight(modules).items():
-            outer = self._entries_of_others(standardizers)
-            self._of_outer += outer
-            if not outer and len({standardizer.formula for standardizer in standardizers}) == 1:
-                caches = [standardizer.cache for standardizer in standardizers]
-                self._own.append(CacheEntry(raw, standardizers[0].formula, caches, self))
         step = weakref.WeakMethod(self._on_step)
         hooks = [
             register_optimizer_step_pre_hook(lambda optimizer, *_: (step() or _do_nothing)(optimizer, 1)),
@@ -172,6 +166,12 @@ class StandardizeOnceSession:
         # Also if the session is forgotten, with a Trainer that an exception has stopped in a step
         self._remove = weakref.finalize(self, _flush_and_remove, self._own, hooks)
         self._remove.atexit = False
+        for raw, standardizers in _standardizers_by_raw_weight(modules).items():
+            outer = self._entries_of_others(standardizers)
+            self._of_outer += outer
+            if not outer and len({standardizer.formula for standardizer in standardizers}) == 1:
+                caches = [standardizer.cache for standardizer in standardizers]
+                self._own.append(CacheEntry(raw, standardizers[0].formula, caches, self))
 
     def _entries_of_others(self, standardizers: list[WeightStandardizer]) -> list[CacheEntry]:
         """Return the entries of outer scopes; sessions that an exception has left behind are closed.

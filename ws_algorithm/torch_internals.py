@@ -106,7 +106,11 @@ def references(tensor: Tensor) -> tuple[int, int, int]:
     autograd asks the same before it keeps a gradient as ``grad``.
     """
     use_count: Any = getattr(tensor, "_use_count")  # noqa: B009 - not in torch's stubs
-    return sys.getrefcount(tensor), use_count(), _storage_references(tensor.untyped_storage()._cdata)
+    try:
+        storage = tensor.untyped_storage()
+    except NotImplementedError:  # one of a batch of gradients, as of ``is_grads_batched``, has no memory of its own
+        return 0, 0, 0
+    return sys.getrefcount(tensor), use_count(), _storage_references(storage._cdata)
 
 
 @functools.cache
