@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,8 +115,8 @@ class CacheEntry:
         if output is not None and output[1] is cached and output[2] is is_reduced:
             return output[0]
         if self._hook is None:
-            found = weakref.WeakMethod(self._before_gradient_from_elsewhere)  # no circle through the graph
-            self._hook = self.raw.register_hook(lambda gradient: (found() or _do_nothing)(gradient))
+            # Weakly: a circle through the graph is one that Python's collector cannot see
+            self._hook = self.raw.register_hook(while_alive(self._before_gradient_from_elsewhere))
             self._leaf_node = torch.autograd.graph.get_gradient_edge(self.raw).node
         graph: Any = _StraightThrough.apply(self.raw, self, cached, is_reduced)
         self._output = (graph, cached, is_reduced)
@@ -208,8 +209,16 @@ class _StraightThrough(torch.autograd.Function):
         return cached.project(gradient.to(cached.raw.dtype)), None, None, None
 
 
-def _do_nothing(*_: Any) -> None:
-    pass
+def while_alive(method: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that calls a bound method for as long as its object is there, and does not keep it."""
+    found = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        alive = found()
+        if alive is not None:
+            alive(*arguments)
+
+    return call
 
 
 def flush_all(entries: list[CacheEntry]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ws_algorithm.deferred_gradient import CacheEntry, flush_all
+from ws_algorithm.deferred_gradient import CacheEntry, flush_all, while_alive
 from ws_algorithm.formula import Formula
 from ws_algorithm.layers import has_forward_of_known_package, parametrizations_of, raw_weight
 from ws_algorithm.parametrization import WeightStandardizer
@@ -158,10 +158,10 @@ class StandardizeOnceSession:
                 "has its gradients projected in every backward, not once per step: DistributedDataParallel with "
                 "find_unused_parameters or static_graph lets a rank leave out layers that others use.",
             )
-        step = weakref.WeakMethod(self._on_step)
+        step = while_alive(self._on_step)
         hooks = [
-            register_optimizer_step_pre_hook(lambda optimizer, *_: (step() or _do_nothing)(optimizer, 1)),
-            register_optimizer_step_post_hook(lambda optimizer, *_: (step() or _do_nothing)(optimizer, -1)),
+            register_optimizer_step_pre_hook(lambda optimizer, *_: step(optimizer, 1)),
+            register_optimizer_step_post_hook(lambda optimizer, *_: step(optimizer, -1)),
         ]
         # Also if the session is forgotten, with a Trainer that an exception has stopped in a step
         self._remove = weakref.finalize(self, _flush_and_remove, self._own, hooks)
@@ -239,10 +239,6 @@ def _flush_and_remove(entries: list[CacheEntry], hooks: list[Any]) -> None:
     finally:
         for removable in (*hooks, *entries):
             removable.remove()
-
-
-def _do_nothing(*_: Any) -> None:
-    pass
 
 
 def unsupported_reason(modules: Sequence[nn.Module]) -> str | None:
