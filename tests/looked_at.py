@@ -96,7 +96,11 @@ def order(model: nn.Module, example_input: Any = None) -> str:
 def is_sure(model: nn.Module, example_input: Any = None) -> bool:
     """Whether all was found out: neither order nor followers are in doubt."""
     selection = look(model, example_input)
-    return selection.failure is None and not any(choice.place.undecided for choice in selection.choices)
+    return (
+        selection.execution.failure is None
+        and selection.execution.doubt is None
+        and not any(choice.place.undecided for choice in selection.choices)
+    )
 
 
 def warnings_about(model: nn.Module, n: int = 0, layers: Layers = "normalized", example_input: Any = None) -> str:

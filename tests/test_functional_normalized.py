@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ws_algorithm import apply_weight_standardization, is_weight_standardized
+from ws_algorithm.cautions import cautions_about
+from ws_algorithm.formula import FORMULAS
 from ws_algorithm.selection import Rules, select_convolutions
 
 # Values of a program are numbered; value 0 is the input. A step makes the next value: (operation, layer, operands)
@@ -18,7 +20,7 @@ Step = tuple[str, int, tuple[int, ...]]
 
 JOINING = ("add", "add in place", "add discarded", "cat")
 PASSING = ("reshape", "identity", "dropout", *JOINING)
-BLOCKING = ("relu", "relu layer", "relu in place", "relu discarded", "pool", "mul", "branch")
+BLOCKING = ("relu", "relu layer", "relu in place", "relu discarded", "pool", "mul")
 OPERATIONS = ("conv", "conv", "functional conv", "norm", "functional norm", *PASSING, *BLOCKING)
 
 
@@ -86,7 +88,7 @@ class Program(nn.Module):
                 return F.avg_pool2d(x, 3, 1, 1)
             case "mul":
                 return x * y
-            case "branch":
+            case "branch":  # what cannot be traced
                 return F.relu(x) if x.sum() > 0 else torch.tanh(x)
         raise AssertionError(operation)
 
@@ -104,14 +106,14 @@ CONTAINERS = st.lists(st.sampled_from(["left", "right"]), max_size=2)
 
 
 @st.composite
-def programs(draw) -> Program:
+def programs(draw, operations: tuple[str, ...] = OPERATIONS) -> Program:
     count = draw(st.integers(1, 5))
     paths = [".".join([*draw(CONTAINERS), f"conv{index}"]) for index in draw(st.permutations(range(count)))]
     steps = []
     for number in range(draw(st.integers(1, 12))):
         recent = st.integers(max(number - 3, 0), number)
         operands = draw(st.tuples(recent, recent))
-        steps.append((draw(st.sampled_from(OPERATIONS)), draw(st.integers(0, count - 1)), operands))
+        steps.append((draw(st.sampled_from(operations)), draw(st.integers(0, count - 1)), operands))
     assume(any(operation in ("conv", "functional conv") for operation, _, _ in steps))
     return Program(paths, steps)
 
@@ -153,9 +155,42 @@ def test_what_is_found_is_what_the_program_says(program, training):
     program.train(training)
     selection = select_convolutions(program, Rules(layers="normalized"))
 
-    assert selection.failure is None
+    assert selection.execution.failure is None and selection.execution.untraced == ()
     assert [c.name for c in selection.choices if c.place.executed] == expected_order(program)
     assert {c.name for c in selection.chosen} == expected_normalized(program)
+
+
+class Wrapper(nn.Module):
+    """Its own forward can be traced; that of the program may not be."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self.head = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.program(x))
+
+
+@given(program=programs((*OPERATIONS, "branch")))
+def test_a_program_that_cannot_be_traced_gets_the_cautious_answer(program):
+    is_traceable = all(operation != "branch" for operation, _, _ in program.steps)
+    selection = select_convolutions(Wrapper(program), Rules(layers="normalized"))
+    left_alone = {c.name.removeprefix("program.") for c in selection.choices if c.skipped_because is not None}
+    chosen = {c.name.removeprefix("program.") for c in selection.chosen}
+    warnings = "\n".join(cautions_about(selection, FORMULAS["composer"]))
+
+    assert chosen <= expected_normalized(program)
+    assert selection.choices[-1].name == "head"  # what calls it can be traced
+    if not is_traceable:
+        assert chosen == set() and left_alone == {*program.paths, "head"}
+        for part in (
+            *program.paths,
+            "the forward of Program 'program' cannot be traced",
+            "x.sum() > 0",
+            "example_input",
+        ):
+            assert part in warnings
 
 
 @given(program=programs(), n=st.integers(0, 6), layers=st.sampled_from(["all", "normalized"]))

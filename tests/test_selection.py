@@ -31,7 +31,7 @@ def names(model: nn.Module, n_last_layers_ignore: int = 0) -> list[str]:
 
 
 def is_understood(model: nn.Module) -> bool:
-    return select_convolutions(model, Rules()).failure is None
+    return select_convolutions(model, Rules()).execution.failure is None
 
 
 def nested_child_last() -> nn.Module:
@@ -115,11 +115,13 @@ def test_rank_and_transposition():
     ],
     ids=["branch", "number", "len"],
 )
-def test_what_forward_asks_of_its_input_does_not_matter(call):
+def test_what_forward_asks_of_its_input_keeps_it_from_being_traced(call):
+    """Definition order, and it is said which line is the cause."""
     model = Net({"head": conv(), "stem": conv()}, ["stem", "head"], call)
 
-    assert names(model) == ["stem", "head"]
-    assert is_understood(model)
+    assert names(model) == ["head", "stem"]
+    failure = select_convolutions(model, Rules()).execution.failure or ""
+    assert failure.startswith("the forward of Net cannot be traced (") and "test_selection.py:" in failure
 
 
 class EitherFirst(nn.Module):
@@ -158,7 +160,7 @@ def test_no_word_of_the_order_where_it_does_not_matter(build, n, caplog):
     with caplog.at_level(logging.WARNING, logger="ws_algorithm"):
         assert apply_weight_standardization(build(), n) == (2 if n == 0 else 0)
 
-    assert not any("cannot be traced" in record.message for record in caplog.records)
+    assert not any("n_last_layers_ignore` counts" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize("build", [EitherFirst, that_looks_up_a_type])

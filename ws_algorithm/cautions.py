@@ -28,9 +28,10 @@ def summary_of(selection: Selection) -> str:
 def cautions_about(selection: Selection, formula: Formula) -> Iterator[str]:
     """Sentences, each of which names layers and a remedy; none if all is well."""
     yield from _order_in_doubt(selection)
+    yield from _seen_in_one_mode(selection)
     if formula.rescaling is None:  # gain and shift keep the outputs as large as they should be
         yield from _followed_by_no_norm(selection)
-    yield from _undecided(selection)
+    yield from _not_traced(selection, formula)
     yield from _shared_weights(selection)
     yield from _unused(selection)
     if small := [choice for choice in selection.accepted if raw_weight(choice.module).shape[1:].numel() == 2]:
@@ -66,21 +67,32 @@ def _batches_counted(layer: Any) -> int:
 
 def _order_in_doubt(selection: Selection) -> Iterator[str]:
     """Only a count asks for the order, and one that leaves out all or nothing does not."""
-    if not 0 < selection.rules.n_last_layers_ignore < len(selection.choices):
+    execution, count = selection.execution, selection.rules.n_last_layers_ignore
+    if not 0 < count < len(selection.choices):
         return
-    if selection.doubt is not None:
+    assumed = [choice for choice in selection.choices[-count:] if choice.place.assumed]
+    if execution.failure is not None:
         yield (
-            f"What `n_last_layers_ignore` counts is not certain: {selection.doubt}. Give an `example_input`, or name "
+            f"What `n_last_layers_ignore` counts is not certain: {execution.failure}, so its parts are counted in the "
+            f"order in which they are defined, among the {len(selection.choices)} convolutions of "
+            f"{type(selection.module).__name__}. Give an `example_input`, or name the layers with `exclude`."
+        )
+    elif execution.doubt is not None or assumed:
+        doubt = execution.doubt or f"{_first_of(execution.untraced)}, and whether {_listed(assumed)} runs is not known"
+        yield (
+            f"What `n_last_layers_ignore` counts is not certain: {doubt}. Give an `example_input`, or name "
             "the layers with `exclude`."
         )
-    if selection.failure is None:
-        return
-    yield (
-        f"The forward of {type(selection.module).__name__} cannot be traced ({selection.failure}), so "
-        f"`n_last_layers_ignore` counts its {len(selection.choices)} convolutions with its parts in the order in which "
-        "they are defined, which may not be the order in which they are executed. Give an `example_input`, or name the "
-        "layers with `exclude`."
-    )
+
+
+def _seen_in_one_mode(selection: Selection) -> Iterator[str]:
+    """A norm that was seen in evaluation alone is taken to follow in training too, and the other way round."""
+    causes = selection.execution.in_one_mode
+    if causes and selection.rules.layers == "normalized":
+        yield (
+            f"What follows some convolutions was seen in one mode only: {_first_of(causes)}. If something else follows "
+            "in the other mode, name them in `exclude`."
+        )
 
 
 def _followed_by_no_norm(selection: Selection) -> Iterator[str]:
@@ -95,15 +107,29 @@ def _followed_by_no_norm(selection: Selection) -> Iterator[str]:
         )
 
 
-def _undecided(selection: Selection) -> Iterator[str]:
-    if selection.rules.layers != "normalized":
-        return
-    undecided = [c for c in selection.choices if c.place.undecided and (c.skipped_because or "").startswith("layers=")]
-    if undecided:
+def _not_traced(selection: Selection, formula: Formula) -> Iterator[str]:
+    """What is not known, and what is taken for granted, of modules whose forward cannot be traced."""
+    causes = selection.execution.untraced
+    because = f": {_first_of(causes)}" if causes else ""
+    normalized = selection.rules.layers == "normalized"
+    undecided = [c for c in selection.choices if c.place.undecided]
+    left_alone = [c for c in undecided if (c.skipped_because or "").startswith("layers=")]
+    taken = [c for c in undecided if c in selection.accepted and formula.rescaling is None]
+    if left_alone or taken:
+        consequence = (
+            "They are left alone. Give an `example_input`, or use layers='all' and name what is to be left alone"
+            if left_alone
+            else "They are standardized all the same, and where none follows, training may fail. Use "
+            "layers='normalized', or name those"
+        )
         yield (
-            f"Whether a normalization layer follows {_listed(undecided)} cannot be told without an input"
-            f"{'' if selection.failure is None else f' ({selection.failure})'}; left alone. Give an `example_input`, "
-            "or use layers='all' and name what is to be left alone in `exclude`."
+            f"Whether a normalization layer follows {_listed(left_alone or taken)} cannot be told without an "
+            f"input{because}. {consequence} in `exclude`."
+        )
+    elif normalized and causes and selection.accepted:
+        yield (
+            f"Norms were found in parts{because}. Its parts are taken to be used through their own forward, with the "
+            "arguments that it must have. If they are used otherwise, give an `example_input`."
         )
 
 
@@ -135,6 +161,10 @@ def _shared_weights(selection: Selection) -> Iterator[str]:
                     f"{names[id(parameter)]}: its weight is shared with {other}, which uses it as it is. "
                     "Leave both alone with `exclude`, or give them weights of their own."
                 )
+
+
+def _first_of(causes: tuple[str, ...]) -> str:
+    return causes[0] + (f", and {len(causes) - 1} more" if len(causes) > 1 else "")
 
 
 def _listed(choices: list[ConvolutionChoice]) -> str:

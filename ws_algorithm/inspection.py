@@ -86,7 +86,8 @@ def records_of(selection: Selection) -> list[ConvolutionRecord]:
 
 def _record(index: int, choice: ConvolutionChoice, names: dict[nn.Module, str]) -> ConvolutionRecord:
     norm = choice.place.norm
-    normalized_by = f"{names[norm]} ({type(norm).__name__})" if isinstance(norm, nn.Module) else norm
+    # A norm that forward makes, or that the model keeps in a list, has no name
+    normalized_by = f"{names.get(norm, '')} ({type(norm).__name__})".lstrip() if isinstance(norm, nn.Module) else norm
     shape = weight_shape(choice.module)
     return ConvolutionRecord(
         index=index,

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import batchnorm, dropout, instancenorm, padding
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -19,7 +19,7 @@ CONVOLVING_FUNCTIONS = frozenset(
     "tensordot".split()
 )
 
-NORMALIZING_FUNCTIONS = frozenset(
+_NORMALIZING_FUNCTIONS = frozenset(
     {"batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm"}
     | {"native_batch_norm", "native_group_norm", "native_layer_norm"}
 )
@@ -40,10 +40,25 @@ _DROPOUTS = (
     "dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout native_dropout "
     "stochastic_depth drop_path drop_block2d drop_block3d"
 )
-TRANSPARENT_FUNCTIONS = frozenset(" ".join((_PLACES_AND_SHAPES, _JOINS, _SUMS, _DROPOUTS)).split())
+_TRANSPARENT_FUNCTIONS = frozenset(" ".join((_PLACES_AND_SHAPES, _JOINS, _SUMS, _DROPOUTS)).split())
 
 # Of these, only the first argument goes through; the others lend their shape or type
 FIRST_ARGUMENT_FUNCTIONS = frozenset("view_as reshape_as expand_as type_as to".split())
+
+# These say what a tensor is like, and do not use its values
+DESCRIBING_FUNCTIONS = frozenset("shape size dim ndim numel nelement device dtype layout is_cuda requires_grad".split())
+
+# Results of these share memory with their first argument
+VIEW_FUNCTIONS = frozenset(
+    "view view_as reshape reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T "
+    "mT H mH adjoint squeeze unsqueeze expand expand_as narrow select getitem __getitem__ chunk split split_with_sizes "
+    "tensor_split hsplit vsplit dsplit unsafe_chunk unsafe_split unbind detach data contiguous alias to type type_as "
+    "float half bfloat16 double cpu cuda real imag diagonal unfold as_strided view_as_real view_as_complex conj "
+    "positive broadcast_to broadcast_tensors resolve_conj resolve_neg meshgrid linalg_diagonal rename atleast_1d "
+    "atleast_2d atleast_3d dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout "
+    "feature_alpha_dropout".split()
+)
+_IN_PLACE_OPERATOR = re.compile(r"__i(add|sub|mul|matmul|truediv|floordiv|div|mod|pow|and|or|xor|lshift|rshift)__")
 
 # Layers of other packages whose forward standardizes its own weight.
 _STANDARDIZED_LAYERS = frozenset(
@@ -127,17 +142,62 @@ def is_transparent(layer: nn.Module) -> bool:
 def is_elementary(layer: nn.Module) -> bool:
     """Whether a layer is one step of a forward, not a composition of steps.
 
-    A convolution whose class has a forward of its own may do more than convolve.
+    A convolution whose class has a forward of the user's own may do more than convolve.
     """
+    if isinstance(layer, torch.jit.ScriptModule) or "forward" in vars(layer):  # the latter is replaced on this one
+        return isinstance(layer, torch.jit.ScriptModule)
     if is_convolution(layer):
-        written_by_torch = _is_of_torch(layer.forward) and _is_of_torch(layer._conv_forward)
-        return written_by_torch or own_standardization(layer) is not None
-    if is_normalization(layer) or is_transparent(layer) or isinstance(layer, torch.jit.ScriptModule):
+        return has_forward_of_known_package(layer) or own_standardization(layer) is not None
+    if is_normalization(layer) or is_transparent(layer):
         return True
     if isinstance(layer, (nn.Sequential, nn.ModuleList, nn.ModuleDict, parametrize.ParametrizationList)):
         return False
     of_interest = (part for part in layer.modules() if is_convolution(part) or is_normalization(part))
     return _is_of_torch(layer.forward) and next(of_interest, None) is None
+
+
+def is_norm_operation(name: str, layer: nn.Module | None) -> bool:
+    """Return whether a step of a forward normalizes its first argument.
+
+    Args:
+        name: The name of the function.
+        layer: The layer, if it is one.
+    """
+    return name in _NORMALIZING_FUNCTIONS if layer is None else is_normalization(layer)
+
+
+def lets_through(name: str, layer: nn.Module | None, is_first: bool) -> bool:
+    """Return whether the output of a step of a forward is an argument up to place, shape, sums and dropout.
+
+    Args:
+        name: The name of the function.
+        layer: The layer, if it is one.
+        is_first: Whether the argument is the first.
+    """
+    if layer is not None:
+        return is_transparent(layer)
+    if name == "copy_":  # over what was there
+        return not is_first
+    plain = name.removesuffix("_") if name.endswith("_") and not name.endswith("__") else name  # the same in place
+    return is_first if plain in FIRST_ARGUMENT_FUNCTIONS else plain in _TRANSPARENT_FUNCTIONS
+
+
+def changed_in_place(name: str, layer: nn.Module | None, args: Any, kwargs: Any) -> Any:
+    """Return the argument that a step of a forward changes; ``None`` if none.
+
+    Args:
+        name: The name of the function.
+        layer: The layer, if it is one.
+        args: Its positional arguments.
+        kwargs: Its arguments by name.
+    """
+    if kwargs.get("out") is not None:
+        return kwargs["out"]
+    flag = kwargs.get("inplace") if layer is None else getattr(layer, "inplace", False)
+    named_so = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
+    if named_so or _IN_PLACE_OPERATOR.fullmatch(name) or flag is True or flag == 1:
+        return args[0] if args else next(iter(kwargs.values()), None)
+    return None
 
 
 def has_forward_of_torch(layer: nn.Module) -> bool:
@@ -191,6 +251,15 @@ def raw_weight(conv: nn.Module) -> nn.Parameter:
         return layer.weight
     chain = layer.parametrizations["weight"]
     return chain.original if hasattr(chain, "original") else chain.original0
+
+
+def weights_of(conv: nn.Module) -> list[Tensor]:
+    """Return all parameters that make up the weight of a convolution, whatever has split it; of others, none."""
+    if not is_convolution(conv):
+        return []
+    names = (name for name, _ in conv.named_parameters())
+    ours = [name for name in names if name.startswith("parametrizations.weight.") or re.match("weight[^.]*$", name)]
+    return [conv.get_parameter(name) for name in ours]
 
 
 def weight_shape(conv: nn.Module) -> torch.Size:

@@ -26,7 +26,7 @@ from ws_algorithm.layers import (
     weight_shape,
 )
 from ws_algorithm.patterns import Patterns, check_patterns, check_that_all_match, names_of, reason_by_patterns
-from ws_algorithm.tracing.execution import Place, execution_of
+from ws_algorithm.tracing.execution import Execution, Place, execution_of
 
 Layers = Literal["all", "normalized"]
 Predicate = Callable[[str, nn.Module], bool]
@@ -100,15 +100,13 @@ class Selection:
 
     Args:
         choices: Those that forward never uses come first.
-        failure: What kept forward as a whole from being traced, so that the order is in doubt; ``None`` if nothing did.
-        doubt: What is uncertain about the order although forward was traced; ``None`` if nothing is.
+        execution: What was found out about forward, and what was not.
     """
 
     module: nn.Module
     rules: Rules
     choices: tuple[ConvolutionChoice, ...]
-    failure: str | None
-    doubt: str | None
+    execution: Execution
 
     @property
     def chosen(self) -> list[ConvolutionChoice]:
@@ -143,14 +141,14 @@ def select_convolutions(module: nn.Module, rules: Rules, example_input: Any = No
     last = set(list(execution.places)[max(count - rules.n_last_layers_ignore, 0) :])
     choices = []
     for conv, place in execution.places.items():
-        skipped = _reason_to_skip(conv) or _reason_to_leave_out(names[conv], conv, place, rules)
-        if skipped is None and conv in last:
-            skipped = f"n_last_layers_ignore={rules.n_last_layers_ignore}"
+        counted = f"n_last_layers_ignore={rules.n_last_layers_ignore}" if conv in last else None
+        skipped = _reason_to_skip(conv) or (counted if place.undecided else None)
+        skipped = skipped or _reason_to_leave_out(names[conv], conv, place, rules) or counted
         if skipped is None and rules.predicate is not None and not rules.predicate(names[conv][0], conv):
             skipped = "predicate is false"
         refused = _reason_to_refuse(conv) if skipped is None else None
         choices.append(ConvolutionChoice(names[conv][0], conv, place, skipped, refused))
-    return Selection(module, rules, tuple(choices), execution.failure, execution.doubt)
+    return Selection(module, rules, tuple(choices), execution)
 
 
 def check_n_last_layers_ignore(value: Any) -> int:

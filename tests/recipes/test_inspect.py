@@ -34,11 +34,14 @@ def test_the_table_of_a_detector(capsys):
     assert lines[75] == ""
     assert lines[76] == (
         "torchvision:maskrcnn_resnet50_fpn_v2: 69 of 74 convolutions standardized with layers='normalized'; left "
-        "alone: rpn.head.conv.0.0, rpn.head.conv.1.0, rpn.head.cls_logits, rpn.head.bbox_pred, "
-        "roi_heads.mask_predictor.mask_fcn_logits (layers='normalized': no norm follows it)."
+        "alone: rpn.head.conv.0.0, rpn.head.conv.1.0 (layers='normalized': no norm follows it); rpn.head.cls_logits, "
+        "rpn.head.bbox_pred, roi_heads.mask_predictor.mask_fcn_logits (layers='normalized': not known to be followed "
+        "by a norm)."
     )
-    assert lines[77].startswith("Order: forward as a whole cannot be traced")
-    assert len(lines) == 78
+    assert lines[77].startswith("Order: the forward of MaskRCNN cannot be traced (TraceError: ")
+    assert "generalized_rcnn.py:" in lines[77]
+    assert lines[78].startswith("Whether a normalization layer follows rpn.head.cls_logits, rpn.head.bbox_pred, roi_")
+    assert len(lines) == 79
 
 
 def test_by_default_it_warns_as_the_function_does(capsys):

@@ -73,14 +73,10 @@ def _model_and_rules(source: str, overrides: Sequence[str]) -> tuple[nn.Module, 
 
 
 def _orders(selection: Selection) -> list[str]:
-    if selection.doubt is not None:
-        return [f"Order: {selection.doubt}."]
-    if selection.failure is None:
-        return []
-    return [
-        f"Order: forward as a whole cannot be traced ({selection.failure}). Those of its parts that can be stand in "
-        "the order of their definition; only within such a part is the order that of execution."
-    ]
+    execution = selection.execution
+    if execution.failure is not None:
+        return [f"Order: {execution.failure}, so its parts stand in the order in which they are defined."]
+    return [] if execution.doubt is None else [f"Order: {execution.doubt}."]
 
 
 def _table(source: str, selection: Selection, records: list[ConvolutionRecord], notes: Iterable[str]) -> str:

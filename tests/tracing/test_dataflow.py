@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tracing.cautious import is_found_or_missed_aloud
+from ws_algorithm.tracing.dataflow import INPUT, OUTPUT, WEIGHT, Dataflow, Follower, Operation
+
 FOLLOWED: dict[str, Callable] = {
     "at once": lambda m, x: m.n(m.a(x)),
     "two norms": lambda m, x: m.m(m.n(m.a(x))),
     "shape": lambda m, x: m.n(m.a(x).flatten(2).transpose(1, 2).mT.reshape(1, 2, 4, 4).contiguous()[:, :2]),
     "in-place shape": lambda m, x: m.n(m.a(x).unsqueeze_(0).squeeze_(0)),
-    "chunks": lambda m, x: m.n(torch.cat(list(m.a(x).chunk(2, 1))[::-1], 1)),
     "split": lambda m, x: m.n(m.a(x).split([1, 1], dim=1)[0].repeat(1, 2, 1, 1)),
     "dropout": lambda m, x: m.n(F.dropout(m.a(x), 0.5, m.training)),
     "sum": lambda m, x: m.n(m.a(x) + x),
@@ -38,12 +40,19 @@ FOLLOWED: dict[str, Callable] = {
     "input times weight": lambda m, x: m.n(F.conv2d(x, x.mean() * m.a.weight, m.a.bias, padding=1)),
     "keyword": lambda m, x: m.n(F.conv2d(input=x, weight=m.a.weight, padding=1)),
     "constant input": lambda m, x: m.n(m.a(torch.ones(1, 2, 4, 4)) + x),
-    "both branches": lambda m, x: m.n(m.a(x)) if x.mean() > 0 else m.m(m.a(x)),
     "used twice": lambda m, x: m.m(m.a(m.n(m.a(x)))),
-    "checkpoint": lambda m, x: m.n(checkpoint(m.a, x, use_reentrant=False)),
-    "reentrant checkpoint": lambda m, x: m.n(checkpoint(m.a, x, use_reentrant=True)),
-    "function": lambda m, x: m.n(PassOn.apply(m.a(x))),
 }
+
+
+@pytest.mark.parametrize("way", FOLLOWED)
+def test_a_norm_follows(way):
+    model = model_of(FOLLOWED[way])
+
+    found = norms(model)
+
+    assert set(found) == {"a"}
+    assert found["a"] is not None
+    assert is_sure(model)
 
 
 class PassOn(torch.autograd.Function):
@@ -56,46 +65,21 @@ class PassOn(torch.autograd.Function):
         return grads
 
 
-@pytest.mark.parametrize("way", FOLLOWED)
+NOT_TRACED: dict[str, Callable] = {
+    "chunks": lambda m, x: m.n(torch.cat(list(m.a(x).chunk(2, 1))[::-1], 1)),
+    "both branches": lambda m, x: m.n(m.a(x)) if x.mean() > 0 else m.m(m.a(x)),
+    "checkpoint": lambda m, x: m.n(checkpoint(m.a, x, use_reentrant=False)),
+    "reentrant checkpoint": lambda m, x: m.n(checkpoint(m.a, x, use_reentrant=True)),
+    "function": lambda m, x: m.n(PassOn.apply(m.a(x))),
+    "parts": lambda m, x: m.n(torch.cat([y for y in m.a(x).split([1, 1], 1)], 1)),
+    "either norm": lambda m, x: m.n(m.a(x)) if len(x) > 1 else m.m(m.a(x)),
+}
+
+
+@pytest.mark.parametrize("way", NOT_TRACED)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of torch's reentrant checkpoint itself
-def test_a_norm_follows(way):
-    model = model_of(FOLLOWED[way])
-
-    found = norms(model)
-
-    assert set(found) == {"a"}
-    assert found["a"] is not None
-    assert is_sure(model)
-
-
-def relu_in_place(m: Any, x: Tensor) -> Tensor:
-    y = m.a(x)
-    y.relu_()
-    return m.n(y)
-
-
-def functional_relu_in_place(m: Any, x: Tensor) -> Tensor:
-    y = m.a(x)
-    F.relu(y, inplace=True)
-    return m.n(y)
-
-
-def layer_in_place(m: Any, x: Tensor) -> Tensor:
-    y = m.a(x)
-    m.relu(y)
-    return m.n(y)
-
-
-def multiplied_into_itself(m: Any, x: Tensor) -> Tensor:
-    y = m.a(x)
-    torch.mul(y, 2, out=y)
-    return m.n(y)
-
-
-def through_a_view(m: Any, x: Tensor) -> Tensor:
-    y = m.a(x)
-    F.relu_(y.view(-1))
-    return m.n(y)
+def test_a_norm_that_follows_what_is_not_traced(way):
+    assert is_found_or_missed_aloud(model_of(NOT_TRACED[way]), {"a": "n"})
 
 
 def either_of_two(m: Any, x: Tensor) -> Tensor:
@@ -142,6 +126,36 @@ def one_image_is_not_normalized(m: Any, x: Tensor) -> Tensor:
     return m.n(y) if len(x) > 1 else y
 
 
+def large_images_are_activated(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    if int(x.shape[-1]) >= 16:
+        y = F.relu(y)
+    return m.n(y)
+
+
+def zero_where_negative(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y[y < 0] = 0
+    return m.n(y)
+
+
+def tied(m: Any, x: Tensor) -> Tensor:
+    return F.conv_transpose2d(m.n(m.a(x)), m.a.weight, padding=1)
+
+
+def weighted(m: Any, x: Tensor) -> Tensor:
+    return m.n(m.a(x)) + x * m.a.weight.mean()
+
+
+def coin(p: float) -> bool:
+    return bool(torch.rand(()) < p)
+
+
+def two_coins(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x) if coin(0.5) else x
+    return m.n(y) if coin(0.5) else y
+
+
 def sometimes_normalized(m: Any, x: Tensor) -> Tensor:
     y = m.a(x)
     return m.n(y) if torch.rand(()) < 0.9 else y
@@ -169,9 +183,9 @@ NOT_FOLLOWED: dict[str, Callable] = {
     **{
         run.__name__: run
         for run in (
-            *(relu_in_place, functional_relu_in_place, layer_in_place, multiplied_into_itself, through_a_view),
             *(either_of_two, none_of_three, two_conditions_together, tensor_by_isinstance, tensor_by_is_tensor),
-            *(normalized_in_training, one_image_is_not_normalized, sometimes_normalized),
+            *(normalized_in_training, one_image_is_not_normalized, sometimes_normalized, large_images_are_activated),
+            *(zero_where_negative, tied, weighted, two_coins),
         )
     },
 }
@@ -192,92 +206,11 @@ def test_no_norm_follows(way):
     assert norms(model_of(NOT_FOLLOWED[way])).get("a") is None
 
 
-def add_in_place(m: Any, x: Tensor) -> Tensor:
-    y = m.b(x)
-    y.add_(m.a(x))
-    return m.n(y)
+def test_a_norm_that_is_not_the_first_argument_by_name():
+    """Of what comes by keyword, the order is free."""
+    model = model_of(lambda m, x: F.layer_norm(normalized_shape=(4,), input=m.a(x)))
 
-
-def written_into(m: Any, x: Tensor) -> Tensor:
-    y = torch.zeros(1, 2, 4, 4)
-    y[:, :] = m.a(x)
-    return m.n(y)
-
-
-def copied_into(m: Any, x: Tensor) -> Tensor:
-    y = x.new_empty(1, 2, 4, 4)
-    y.copy_(m.a(x))
-    return m.n(y)
-
-
-def added_out(m: Any, x: Tensor) -> Tensor:
-    y = x.new_empty(1, 2, 4, 4)
-    torch.add(m.a(x), 1, out=y)
-    return m.n(y)
-
-
-@pytest.mark.parametrize("run", [add_in_place, written_into, copied_into, added_out])
-def test_a_norm_that_follows_is_found_or_missed_aloud(run):
-    model = model_of(run)
-
-    assert norms(model)["a"] == "n" or not is_sure(model)
-
-
-class ActsInside(nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu(super().forward(input))
-
-
-class BlockInAConvolution(nn.Conv2d):
-    """The ``Conv2d`` of detectron2: a convolution that owns its norm and activation."""
-
-    def __init__(self, *args: Any, norm: Any = None, activation: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.norm = norm
-        self.activation = activation
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        if self.norm is not None:
-            x = self.norm(x)
-        return x if self.activation is None else self.activation(x)
-
-
-class LowRank(nn.Conv2d):
-    """A convolution that owns convolutions."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.down, self.up = nn.Conv2d(2, 1, 3, padding=1), nn.Conv2d(1, 2, 1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + self.up(self.down(input))
-
-
-def test_a_convolution_that_activates_inside():
-    assert norms(nn.Sequential(ActsInside(2, 2, 3), norm()))["0"] is None
-    assert norms(nn.Sequential(BlockInAConvolution(2, 2, 3, activation=F.relu), norm()))["0"] is None
-
-
-def test_a_convolution_that_normalizes_inside():
-    model = nn.Sequential(BlockInAConvolution(2, 2, 3, norm=norm(), activation=F.relu), conv())
-
-    assert norms(model) == {"0": "0.norm", "1": None}
-
-
-def test_a_convolution_that_owns_convolutions():
-    model = nn.Sequential(conv(), LowRank(2, 2, 3, padding=1), norm())
-
-    assert norms(model) == {"0": None, "1.down": None, "1.up": "2", "1": "2"}
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_layer_of_torch_with_norms_inside(first):
-    """Norms stand at its start or, behind a sum, further in."""
-    encoder = nn.TransformerEncoderLayer(2, 1, 4, batch_first=True, norm_first=first)
-    model = Model(lambda m, x: m.layer(m.conv(x).flatten(2).mT), conv=conv(), layer=encoder)
-
-    assert norms(model)["conv"] is not None or not is_sure(model)
+    assert is_found_or_missed_aloud(model, {"a": "layer_norm"})
 
 
 def test_two_names_are_one_convolution():
@@ -286,3 +219,78 @@ def test_two_names_are_one_convolution():
 
     assert norms(model) == {"first": "n"}
     assert len(look(model).choices) == 1
+
+
+def test_parts_of_a_split_that_are_counted():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.norm = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(3)), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, two, three = x.split([2, 2, 2], 1)
+            parts = zip(self.layers, (one, two, three), strict=True)
+            return self.norm(torch.cat([layer(part) for layer, part in parts], 1))
+
+    assert norms(Mixed()) == {"layers.0": "norm", "layers.1": "norm", "layers.2": "norm"}
+    assert is_sure(Mixed())
+
+
+def test_a_long_chain_of_additions_takes_no_time():
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.norm = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(600)), nn.BatchNorm2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(x)
+            return self.norm(x)
+
+    assert set(norms(Chain()).values()) == {"norm"}
+
+
+def test_a_dataflow_of_operations():
+    """Of ``conv(x) + conv(norm(conv(x)))``, whose last result a hidden part takes: three uses, the last one open."""
+    layer, after, part = conv(), norm(), nn.Module()
+    run = [
+        Operation(INPUT, None),
+        Operation("Conv2d", layer, (0,), 0),
+        Operation("BatchNorm2d", after, (1,), 1),
+        Operation("Conv2d", layer, (2,), 2),
+        Operation("add", None, (1, 3), 1),
+        Operation("Module", part, (4,), 4, hidden=True),
+        Operation(OUTPUT, None, (5,), 5),
+    ]
+
+    flow = Dataflow(run)
+
+    assert flow.calls == {layer: [1, 3]}
+    assert flow.followers_of(layer) == [Follower(after, hidden=True), Follower(hidden=True)]
+    assert list(flow.hidden) == [part]
+    assert not flow.weights_used_otherwise - {None}
+
+
+def test_the_order_is_that_of_last_use():
+    first, second = conv(), conv()
+
+    flow = Dataflow([Operation("Conv2d", layer) for layer in (first, second, first)])
+
+    assert list(flow.calls) == [second, first]
+    assert flow.calls == {second: [1], first: [0, 2]}
+
+
+@pytest.mark.parametrize(
+    "use, otherwise",
+    [
+        (Operation("conv2d", None, (0, 1), 0), False),
+        (Operation("mean", None, (1,), 1), True),  # and nobody convolves with it
+    ],
+)
+def test_a_weight_that_is_read(use, otherwise):
+    layer = conv()
+
+    flow = Dataflow([Operation(INPUT, None), Operation(WEIGHT, layer), use, Operation(OUTPUT, None, (2,), 2)])
+
+    assert (layer in flow.weights_used_otherwise) is otherwise
+    assert list(flow.calls) == ([] if otherwise else [layer])

@@ -1,4 +1,4 @@
-"""Runs with an example input, of models that symbols do not get through."""
+"""Runs with an example input, of models that are not traced."""
 
 from collections import namedtuple
 from collections.abc import Callable
@@ -11,11 +11,13 @@ from looked_at import conv, is_sure, look, model_of, norm, norms, warnings_about
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tracing.cautious import is_found_or_missed_aloud
+
 IMAGE = torch.linspace(0, 1, 2 * 2 * 4 * 4).reshape(2, 2, 4, 4)
 
 
 def only_tensors(run: Callable[..., Any]) -> Any:
-    """A model that no symbol gets through."""
+    """A model that is not traced."""
 
     def checked(m: Any, x: Any) -> Any:
         if type(x) is not Tensor:
@@ -142,14 +144,15 @@ def test_an_input_that_does_not_fit():
         look(model, torch.ones(2, 5, 4, 4))
 
 
-def test_an_input_is_used_even_where_symbols_would_do():
+def test_an_input_decides_what_tracing_leaves_open():
     def with_an_option(m: Any, x: Any) -> Any:
         image, option = x if isinstance(x, list) else (x, None)
         return m.n(m.a(image) if option is None else m.a(image) + m.b(option))
 
     model, image = model_of(with_an_option), IMAGE
 
-    assert norms(model) == {"a": "n"}
+    assert is_found_or_missed_aloud(model, {"a": "n"})
+    assert norms(model, image) == {"a": "n"}
     assert norms(model, [image, image]) == {"a": "n", "b": "n"}
 
 
