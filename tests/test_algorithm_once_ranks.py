@@ -4,8 +4,6 @@ This file is also what each process runs: ``test_algorithm_once_ranks.py FOLDER`
 """
 
 import contextlib
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from exact_twins import images, tiny
 from leaving import leave_together
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import results_of_two_processes
 
 from ws_algorithm import WeightStandardization, standardize_once
 
@@ -90,13 +89,7 @@ def main(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "composer.cli", "-n", "2", __file__, str(folder)]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return results_of_two_processes(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name, strategy", [*CASES, *LOOPS])

@@ -6,8 +6,6 @@ This file is also what each process runs: ``test_algorithm_once_unused_ranks.py 
 
 import contextlib
 import logging
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import Bottleneck, ResNet
+from two_processes import results_of_two_processes
 
 from ws_algorithm import WeightStandardization, apply_weight_standardization, standardize_once
 
@@ -196,13 +195,7 @@ def main(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "composer.cli", "-n", "2", __file__, str(folder)]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return results_of_two_processes(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,28 +1,20 @@
 """The algorithm in two processes with gloo, as `composer -n 2` starts them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from composed_runs import bottlenecks, standardizable
+from two_processes import TESTS, run_in_two_processes
 from two_ranks import AGREE, DIFFER
-
-TESTS = Path(__file__).parent
 
 Results = dict[str, list[Any]]
 
 
 def launch(cases: str, names: list[str], folder: Path) -> Results:
     """Run the cases in two processes and return, for each case, what either process wrote."""
-    command = [sys.executable, "-m", "composer.cli", "-n", "2", str(TESTS / "two_ranks.py"), cases, str(folder)]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_two_processes(TESTS / "two_ranks.py", cases, str(folder))
     return {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in names}
 
 

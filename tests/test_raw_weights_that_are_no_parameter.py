@@ -5,8 +5,6 @@ This file is also what each of two processes runs for FSDP: ``test_raw_weights_t
 
 import contextlib
 import importlib
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
+from two_processes import results_of_two_processes
 
 from ws_algorithm import FORMULAS, apply_weight_standardization, standardize_once, standardize_weight
 
@@ -221,13 +220,7 @@ def main(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "composer.cli", "-n", "2", __file__, str(folder)]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return results_of_two_processes(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("use_orig_params, is_in_scopes", CASES)
