@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from ws_algorithm.layers import has_forward_of_torch, is_normalization
 from ws_algorithm.patterns import check_that_all_match, names_of, reason_by_patterns
+from ws_algorithm.torch_internals import is_optimized_module
 
 # torchvision's; detectron2, DETR and others have copies under the same name
 _FROZEN = "FrozenBatchNorm2d"
@@ -112,7 +113,7 @@ def _obstacle(layer: nn.Module, parents: list[nn.Module]) -> str | None:
             return f"it is part of {cls.__name__}, a fused or quantized layer of torch.ao"
         if any(base.__name__ == "_GhostBatchNorm" for base in cls.__mro__):
             return f"it is part of {cls.__name__}, whose forward sets its momentum"
-        if any(base.__name__ == "OptimizedModule" for base in cls.__mro__):
+        if is_optimized_module(part):
             return "it is compiled by itself"
     if parametrize.is_parametrized(layer):
         return "it is parametrized"

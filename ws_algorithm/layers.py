@@ -144,8 +144,10 @@ def is_elementary(layer: nn.Module) -> bool:
 
     A convolution whose class has a forward of the user's own may do more than convolve.
     """
-    if isinstance(layer, torch.jit.ScriptModule) or "forward" in vars(layer):  # the latter is replaced on this one
-        return isinstance(layer, torch.jit.ScriptModule)
+    if isinstance(layer, torch.jit.ScriptModule):
+        return True
+    if "forward" in vars(layer):  # replaced on this one
+        return False
     if is_convolution(layer):
         return has_forward_of_known_package(layer) or own_standardization(layer) is not None
     if is_normalization(layer) or is_transparent(layer):

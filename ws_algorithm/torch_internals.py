@@ -153,12 +153,19 @@ def may_leave_out_layers(module: nn.Module) -> bool:
     return isinstance(module, DistributedDataParallel) and (module.find_unused_parameters or module.static_graph)
 
 
+def is_optimized_module(module: nn.Module) -> bool:
+    """Return whether a module is what ``torch.compile`` has made of another; that class has no public name.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.7.0/torch/_dynamo/eval_frame.py#L299.
+    """
+    return any(base.__name__ == "OptimizedModule" for base in type(module).__mro__)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``torch.compile`` or ``Module.compile`` has compiled a module, or its forward.
 
-    Source: https://github.com/pytorch/pytorch/blob/v2.7.0/torch/nn/modules/module.py#L1748,
-    https://github.com/pytorch/pytorch/blob/v2.7.0/torch/_dynamo/eval_frame.py#L299.
+    Source: https://github.com/pytorch/pytorch/blob/v2.7.0/torch/nn/modules/module.py#L1748.
     """
-    if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
+    if getattr(module, "_compiled_call_impl", None) is not None or is_optimized_module(module):
         return True
     return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")

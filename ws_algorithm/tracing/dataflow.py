@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +22,15 @@ from ws_algorithm.layers import (
 )
 
 INPUT, WEIGHT, OUTPUT = "(input)", "(weight)", "(output)"
+
+
+def name_of(function: Any) -> str:
+    """Return the name of a function, operator, method or property of torch; that of a method may be given itself."""
+    if isinstance(function, str):
+        return function
+    if getattr(function, "__name__", "") == "__get__":  # of a property
+        function = getattr(function, "__self__", function)
+    return getattr(function, "__name__", "").partition(".")[0]  # of ``aten.conv2d.default`` too
 
 
 @dataclass(frozen=True)
@@ -38,19 +49,22 @@ class Operation:
         return (self.layer or self.name) if not self.hidden and is_norm_operation(self.name, self.layer) else None
 
 
-class Recorder:
+class Recorder(ABC):
     """Writes down the operations of a forward. What shares memory is the result of the last that wrote or viewed it."""
 
     def __init__(self) -> None:
         self.run: list[Operation] = []
         self.positions: dict[Hashable, int] = {}  # by memory
 
+    @abstractmethod
     def memory_of(self, value: Any) -> Hashable | None:
         """Return what identifies the memory of a value; ``None`` of one that no operation may have made."""
-        raise NotImplementedError
 
-    def add(self, name: str, layer: nn.Module | None, args: Any, kwargs: Any, result: Any, hidden: bool) -> None:
+    def add(
+        self, name: str, layer: nn.Module | None, args: Any, kwargs: Any, result: Any, hidden: bool = False
+    ) -> None:
         """Write an operation down, with what it is given and what it returns."""
+        hidden = hidden or isinstance(layer, torch.jit.ScriptModule)
         given = {key: value for key, value in kwargs.items() if key != "out"}  # what was there is written over
         memories = [self.memory_of(value) for value in tree_leaves((args, given))]
         if name == "__setitem__" and any(self.memory_of(value) is not None for value in tree_leaves(args[1])):

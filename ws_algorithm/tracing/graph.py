@@ -33,7 +33,7 @@ from ws_algorithm.layers import (
     lets_through,
     weights_of,
 )
-from ws_algorithm.tracing.dataflow import INPUT, OUTPUT, WEIGHT, Operation, Recorder
+from ws_algorithm.tracing.dataflow import INPUT, OUTPUT, WEIGHT, Operation, Recorder, name_of
 from ws_algorithm.tracing.meta_copy import closes_over, copied_modules, forward_of
 from ws_algorithm.tracing.proxies import ParameterValue, Value
 from ws_algorithm.tracing.random_states import DrawsNoticed
@@ -175,8 +175,7 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **more: Any) -> Any:
         """Return what a step computes; refuse one that writes into a tensor that is there, which others may read."""
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        changed = changed_in_place(name, None, args, kwargs) if kind != "call_module" else None
+        changed = changed_in_place(name_of(target), None, args, kwargs) if kind != "call_module" else None
         if not isinstance(changed, Proxy) and isinstance(changed, Tensor):
             self.refuse("what is computed is written into another tensor")
         return super().create_proxy(kind, target, args, kwargs, *others, **more)
@@ -205,9 +204,9 @@ class _Tracer(fx.Tracer):
         if node.op == "call_module":
             part = self._named[target]
             layer = self._originals.get(part, part)
-            return type(part).__name__, layer, layer in self.opaque or isinstance(layer, torch.jit.ScriptModule)
+            return type(part).__name__, layer, layer in self.opaque
         if node.op == "call_function":
-            name = str(node.args[1]) if target is getattr else getattr(target, "__name__", "").partition(".")[0]
+            name = str(node.args[1]) if target is getattr else name_of(target)
             if isinstance(target, type):  # a tuple with names, or a dataclass
                 return "alias", None, False
             home = getattr(target, "__module__", None) or "torch"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from ws_algorithm.torch_internals import is_optimized_module
 from ws_algorithm.tracing.random_states import global_generators
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
@@ -46,7 +47,7 @@ def copied_modules(module: nn.Module, *, data: bool, training: bool) -> dict[nn.
 
 def forward_of(part: Any) -> Callable[..., Any]:
     """Return the forward of a module; of what compiles or replicates another module, that module."""
-    if type(part).__name__ == "OptimizedModule":
+    if is_optimized_module(part):
         return part._orig_mod
     return part.module if isinstance(part, (DataParallel, DistributedDataParallel)) else part.forward
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from ws_algorithm.layers import is_elementary, weights_of
-from ws_algorithm.tracing.dataflow import INPUT, OUTPUT, WEIGHT, Operation, Recorder
+from ws_algorithm.tracing.dataflow import INPUT, OUTPUT, WEIGHT, Operation, Recorder, name_of
 from ws_algorithm.tracing.meta_copy import copied_modules, forward_of
 from ws_algorithm.tracing.random_states import seed_generators
 
@@ -63,12 +63,12 @@ class _ObservedRun(TorchFunctionMode, Recorder):
     def operations(self, args: tuple[Any, ...]) -> list[Operation]:
         """Run the copy with these arguments."""
         args = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), args)
-        self.add(INPUT, None, (), {}, args, hidden=False)
+        self.add(INPUT, None, (), {}, args)
         try:
             with self, torch.set_grad_enabled(self._training):
                 seed_generators()
                 output = self._model(*args)
-            self.add(OUTPUT, None, (output,), {}, None, hidden=False)
+            self.add(OUTPUT, None, (output,), {}, None)
             return self.run
         finally:
             for holder in (*self._copies, self):  # and all activations are not to wait for the garbage collector
@@ -87,11 +87,8 @@ class _ObservedRun(TorchFunctionMode, Recorder):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "").partition(".")[0]
-        if name == "__get__":  # of a property
-            name = getattr(getattr(func, "__self__", None), "__name__", name)
         if not self._inside_layer:
-            self.add(name, None, args, kwargs or {}, result, hidden=False)
+            self.add(name_of(func), None, args, kwargs or {}, result)
         return result
 
     def _called(self, part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +97,7 @@ class _ObservedRun(TorchFunctionMode, Recorder):
         self._inside_layer = True
         try:
             result = forward(*args, **kwargs)
-            self.add(type(part).__name__, part, args, kwargs, result, isinstance(part, torch.jit.ScriptModule))
+            self.add(type(part).__name__, part, args, kwargs, result)
             return result
         finally:
             self._inside_layer = False
