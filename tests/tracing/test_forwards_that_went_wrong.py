@@ -34,6 +34,13 @@ def caught(m: Any, x: Tensor) -> Tensor:
     return m.n(y)
 
 
+def written_by_an_operator(m: Any, x: Tensor) -> Tensor:
+    y = torch.zeros(1, 2, 4, 4)
+    ATEN.copy_(y, m.a(x))
+    y.relu_()
+    return m.n(y)
+
+
 WRONG: dict[str, Callable] = {
     "list of tensors": activated(lambda y: getattr(torch, "_foreach_mul_")([y], 2.0)),  # noqa: B009 - not in torch's stubs
     "diagonal": activated(lambda y: torch.linalg.diagonal(y).relu_()),
@@ -46,6 +53,7 @@ WRONG: dict[str, Callable] = {
     "with gradients in training": lambda m, x: m.n(F.relu(m.a(x)) if torch.is_grad_enabled() else m.a(x)),
     "no keys": lambda m, x: m.n(m.a(x) if hasattr(x, "keys") else F.relu(m.a(x))),
     "a refusal that is caught": caught,
+    "written by an operator": written_by_an_operator,
 }
 
 
